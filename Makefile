@@ -1,0 +1,43 @@
+# make demo: set up, then generate a talking video.   make test: set up, then pass the tests.
+# Each target sets up its own .venv on a machine with python3 (3.11 or newer) and make, and does nothing when it is there.
+
+PYTHON ?= python3
+RUN := .venv/bin
+# folders of reference fixtures; the small ones come with the tests
+REFERENCES ?= tests/golden
+
+demo: .venv/.ready
+	@mkdir -p out
+	$(RUN)/python -m kavatar_jax.demo out/demo.mp4
+
+test: .venv/.ready
+	$(RUN)/python -m pytest -m "not slow and not torch"
+
+lint: .venv/.ready-lint
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright
+
+parity: .venv/.ready-parity
+	$(RUN)/python tools/parity.py $(wildcard $(REFERENCES)/*/)
+	$(RUN)/python -m pytest -m "slow or torch"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(RUN)/python -m pip install --quiet --upgrade pip
+
+.venv/.ready: pyproject.toml | .venv/bin/python
+	$(RUN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/.ready-lint: .venv/.ready
+	$(RUN)/python -m pip install --quiet --editable '.[lint]'
+	@touch $@
+
+# the pinned torch is one whose plain Linux wheel suffices for a CPU
+.venv/.ready-parity: .venv/.ready
+	$(RUN)/python -m pip install --quiet torch==2.13.0
+	$(RUN)/python -m pip install --quiet --editable '.[parity]'
+	@touch $@
+
+.PHONY: demo test lint parity

@@ -1,0 +1,94 @@
+"""The demo: every network small enough for two CPU cores, at 128 x 128."""
+
+from dataclasses import replace
+
+from kavatar_jax.config import (
+    AudioAdapterConfig,
+    CascadeConfig,
+    CLIPConfig,
+    Config,
+    DiTConfig,
+    SamplingConfig,
+    UMT5Config,
+    VAEConfig,
+    Wav2Vec2Config,
+)
+from kavatar_jax.models.vae import LATENT_MEAN, LATENT_STD
+
+
+def config() -> Config:
+    return Config(
+        name="demo",
+        width=128,
+        height=128,
+        fps=25,
+        dit=DiTConfig(
+            width=192,
+            heads=3,
+            layers=4,
+            mlp=512,
+            in_channels=36,
+            out_channels=16,
+            time_width=128,
+            text_width=64,
+            text_length=128,
+            image_width=64,
+            image_positions=0,
+            audio=AudioAdapterConfig(speech_width=64, projection=(192,), heads=3, mlp=384, layers=2),
+        ),
+        vae=VAEConfig(width=16, latent_channels=16, latent_mean=LATENT_MEAN, latent_std=LATENT_STD),
+        text=UMT5Config(vocabulary=260, width=64, heads=4, head_width=16, mlp=128, layers=2),
+        image=CLIPConfig(width=64, heads=4, layers=3, mlp=256, image_size=224, patch=14, embedding=32),
+        speech=Wav2Vec2Config(
+            width=64,
+            heads=4,
+            layers=2,
+            mlp=128,
+            conv_widths=(32,) * 7,
+            conv_kernels=(10, 3, 3, 3, 3, 2, 2),
+            conv_strides=(5, 2, 2, 2, 2, 2, 2),
+            position_kernel=16,
+            position_groups=4,
+            stable=False,
+            conv_bias=False,
+        ),
+        negative_prompt="blurry, distorted",
+        sampling=SamplingConfig(
+            steps=8,
+            shift=5.0,
+            double_shift=False,
+            text_scale=3.0,
+            audio_scale=5.0,
+            window_frames=81,
+            overlap=5,
+            fusion="log",
+            indexing="exact",
+            windows_per_batch=2,
+        ),
+        cascade=CascadeConfig(blueprint_scale=0.5, blueprint_steps=6, search_seconds=0.4),
+    )
+
+
+def tiny() -> Config:
+    """For tests: 48 x 32 and windows of 21 frames; every mechanism, nothing to look at."""
+    base = config()
+    dit = replace(
+        base.dit,
+        width=48,
+        heads=2,
+        layers=2,
+        mlp=64,
+        time_width=32,
+        text_length=32,
+        audio=AudioAdapterConfig(speech_width=64, projection=(48,), heads=2, mlp=64, layers=2),
+    )
+    return replace(
+        base,
+        name="demo:tiny",
+        width=48,
+        height=32,
+        dit=dit,
+        vae=replace(base.vae, width=8),
+        sampling=replace(base.sampling, steps=2, window_frames=21, overlap=2),
+        cascade=replace(base.cascade, blueprint_steps=2, search_seconds=0.2),
+    )

@@ -1,0 +1,70 @@
+"""The `kavatar` command."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def kavatar():
+    """Audio-driven avatar video in JAX: one portrait, a speech recording and an instruction become a talking video."""
+
+
+@app.command()
+def generate(
+    portrait: Annotated[Path, typer.Option(help="Picture of whoever talks: png, jpeg, webp, ...")],
+    speech: Annotated[Path, typer.Option(help="The speech: wav, mp3, flac, m4a, ...")],
+    out: Annotated[Path, typer.Option(help="Where the video goes; FILE.json beside it tells how it was made.")],
+    instruction: Annotated[str, typer.Option(help="What happens, in words.")] = "",
+    config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="cascade, or single: one pass of sliding windows at full size.")
+    ] = "cascade",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
+    storyline: Annotated[Path | None, typer.Option(help="A plan to follow instead of writing one.")] = None,
+    storyline_out: Annotated[Path | None, typer.Option(help="Also write the plan here.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
+):
+    """Turn a portrait, a speech recording and an instruction into a talking video."""
+    from kavatar_jax.cascade import command
+
+    order = command.Order(
+        portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
+        mode=mode, size=size, fps=fps, steps=steps, seed=seed, storyline=storyline, storyline_out=storyline_out,
+        fields=tuple(set_ or ()),
+    )  # fmt: skip
+    with _speaking_plainly():
+        command.run(order)
+
+
+@contextlib.contextmanager
+def _speaking_plainly():
+    """One line and exit 2 for whatever the user can mend, 1 for a disk that failed, 130 when interrupted."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"kavatar: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        print(f"kavatar: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("kavatar: interrupted; nothing was left under the final name", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Inference, in the order it happens; start with `pipeline`."""

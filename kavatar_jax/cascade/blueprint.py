@@ -1,0 +1,100 @@
+"""The whole performance in one go, through sliding windows; small in the cascade, full size in single mode."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kavatar_jax.cascade.denoise import Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.encode import shot_at, to_signed
+from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
+from kavatar_jax.cascade.weights import Weights
+from kavatar_jax.config import Config
+from kavatar_jax.diffusion.windows import Windows, slot_bucket
+from kavatar_jax.media.image import resize
+from kavatar_jax.models import vae
+from kavatar_jax.types import Blueprint, Conditions, Report
+
+
+def draw_blueprint(conditions: Conditions, weights: Weights, config: Config, report: Report) -> Blueprint:
+    """The video at config.width x config.height: one batch of windows over the whole speech."""
+    windows, told, shared = tell_windows(conditions, weights, config)
+    noise = draw_noise(conditions.seed, windows, config)
+    latents = denoise(
+        weights.dit, noise, told, shared, windows, config.dit, config.sampling, stage="performing", report=report
+    )
+    return Blueprint(latents=windows.join(latents), frames=conditions.frames, width=config.width, height=config.height)
+
+
+def tell_windows(conditions: Conditions, weights: Weights, config: Config) -> tuple[Windows, Told, Shared]:
+    """What each window of the whole speech hears, reads and sees."""
+    sampling, samples = config.sampling, len(conditions.speech)
+    windows = plan_windows(samples, config)
+    spans = spans_of_windows(windows, samples, config.fps, sampling)
+    speech, slices = hear(conditions.speech, spans, weights.speech, config)
+    seconds = 4 * windows.starts / config.fps
+    shots = [shot_at(conditions, start, start + sampling.window_frames / config.fps) for start in seconds]
+    told = Told(
+        speech=speech,
+        slices=slices,
+        prompt=conditions.prompts[shots],
+        negative=conditions.negatives[shots],
+        view=np.zeros(windows.slots, np.int32),
+        frames=np.maximum(windows.valid, 1).astype(np.int32) if windows.short_end else None,
+    )
+    view = see([{0: conditions.portrait}], weights, config)
+    return windows, told, Shared(conditions.texts, conditions.face, view, conditions.director)
+
+
+def at_blueprint_size(config: Config) -> Config:
+    """The run's config for the cascade's first stage: smaller, fewer steps."""
+    scale = config.cascade.blueprint_scale
+    return dataclasses.replace(
+        config,
+        width=max(16, 16 * round(config.width * scale / 16)),
+        height=max(16, 16 * round(config.height * scale / 16)),
+        sampling=dataclasses.replace(config.sampling, steps=config.cascade.blueprint_steps),
+    )
+
+
+def plan_windows(samples: int, config: Config) -> Windows:
+    """Windows over a whole recording, their number padded to one of few."""
+    sampling = config.sampling
+    _, total = plan_latents(samples, config.fps, sampling)
+    windows = Windows(
+        total=total,
+        length=sampling.window_latents,
+        stride=sampling.window_latents - sampling.overlap,
+        slots=1,
+        short_end=sampling.indexing == "released",
+    )
+    slots = slot_bucket(windows.count, multiple=group_size(windows.count, sampling))
+    return dataclasses.replace(windows, slots=slots)
+
+
+def see(views: list[dict[int, np.ndarray]], weights: Weights, config: Config) -> np.ndarray:
+    """What windows are shown: for each view, given images at given frames, (n, T, h, w, 4 + C) float32.
+
+    Four channels of mask say which of a latent frame's four video frames are given; then come the latents of a video
+    that is mid-grey elsewhere. Frame 0 counts for all four frames of the first latent.
+    """
+    frames, height, width = config.sampling.window_frames, config.height, config.width
+    conditions = []
+    for given in views:
+        video = np.zeros((1, frames, height, width, 3), np.float32)
+        mask = np.zeros(frames + 3, np.float32)
+        for frame, image in given.items():
+            video[0, frame] = to_signed(resize(image, (width, height)))
+            mask[frame + 3 if frame else slice(0, 4)] = 1
+        latents = np.asarray(_encode(config.vae, weights.vae, video)[0])
+        mask = np.broadcast_to(mask.reshape(-1, 1, 1, 4), (*latents.shape[:3], 4))
+        conditions.append(np.concatenate([mask, latents], axis=-1))
+    return np.stack(conditions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(config, params, video):
+    mean, _ = vae.encode(params, jnp.asarray(video), config)
+    return mean

@@ -1,0 +1,180 @@
+"""What `kavatar generate` does: check everything first, run the cascade under a progress display, write the files."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import kavatar_jax
+from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
+from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs
+from kavatar_jax.config import Config, load_config, set_fields
+from kavatar_jax.director.rules import direct
+from kavatar_jax.director.storyline import check, read_storyline, write_storyline
+from kavatar_jax.media.audio import is_silent, load_speech
+from kavatar_jax.media.faces import open_landmarker
+from kavatar_jax.media.image import check_size, load_portrait
+from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.media.video import check_writable, write_video
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.types import Request, Storyline
+
+MODES = ("cascade", "single")
+UNTRAINED_SEED = 0  # of the networks that stand in where no weights are given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """The command line, as typed."""
+
+    portrait: Path
+    speech: Path
+    out: Path
+    instruction: str
+    config: str
+    weights: Path | None
+    mode: str
+    size: str
+    fps: int | None
+    steps: int | None
+    seed: int
+    storyline: Path | None
+    storyline_out: Path | None
+    fields: tuple[str, ...]
+
+
+def run(order: Order) -> None:
+    """Make the video. ValueError, before any work, for whatever is wrong with the order."""
+    console = Console(stderr=True)
+    _keep_compiled_programs()
+    config = read_order(order)
+    speech = load_speech(order.speech)
+    request = Request(
+        portrait=load_portrait(order.portrait, size=(config.width, config.height)),
+        speech=speech, instruction=order.instruction, seed=order.seed,
+    )  # fmt: skip
+    if is_silent(speech):
+        console.print(f"{order.speech.name} is silent: the mouth will stay closed")
+    plan = read_plan(order, request)
+    if order.storyline_out:
+        write_storyline(plan, order.storyline_out)
+
+    started = time.perf_counter()
+    with jax.set_mesh(make_mesh()), _Display(console) as display:
+        weights, config = _open_weights(order, config, console)
+        display("loading weights", 1, 1)
+        video = _draw(order, request, plan, weights, config, display)
+        write_video(order.out, video.images, fps=video.fps, speech=speech, seconds=video.frames / video.fps)
+    sidecar = _describe(order, config, plan, display.seconds, video.frames, time.perf_counter() - started)
+    _write_whole(sidecar_path(order.out), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
+    console.print(f"{order.out}: {video.frames} frames, {video.frames / video.fps:.1f} s of video")
+
+
+def read_order(order: Order) -> Config:
+    """The run's config, after checking every path and number of the order that can be checked without work."""
+    if order.mode not in MODES:
+        raise ValueError(f"--mode {order.mode} is not one of {', '.join(MODES)}")
+    config = load_config(order.config or ("demo" if order.weights is None else "stableavatar"))
+    fields = []
+    if order.size:
+        try:
+            width, height = map(int, order.size.lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--size {order.size} is not WIDTHxHEIGHT, as in 512x512") from None
+        check_size(width, height)
+        config = dataclasses.replace(config, width=width, height=height)
+    fields += [f"fps={order.fps}"] if order.fps is not None else []
+    fields += [f"sampling.steps={order.steps}"] if order.steps is not None else []
+    config = set_fields(config, [*fields, *order.fields])
+    if order.weights is not None:
+        config = read_configs(order.weights, config)
+    check_writable(order.out)
+    if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
+        raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
+    return config
+
+
+def read_plan(order: Order, request: Request) -> Storyline:
+    """The user's storyline if one is given, else the director's."""
+    if order.storyline is None:
+        return direct(request)
+    return check(read_storyline(order.storyline), request.speech.seconds)
+
+
+def sidecar_path(out: Path) -> Path:
+    return out.with_suffix(".json")
+
+
+def _keep_compiled_programs() -> None:
+    """Programs compiled once serve later runs, unless the user has a cache of their own."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kavatar_jax" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _open_weights(order: Order, config: Config, console: Console) -> tuple[Weights, Config]:
+    if order.weights is not None:
+        return load_weights(order.weights, config), config
+    console.print("no --weights: untrained demo networks, so the video shows noise, not a face")
+    return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer()), config
+
+
+def _draw(order: Order, request: Request, plan: Storyline, weights: Weights, config: Config, report):
+    if order.mode == "single":
+        return generate_in_one_pass(request, lambda _: plan, weights, config, report=report)
+    landmarker, _ = open_landmarker()
+    return generate(request, lambda _: plan, weights, config, landmarker=landmarker, report=report)
+
+
+def _describe(order: Order, config: Config, plan: Storyline, seconds: dict, frames: int, total: float) -> dict:
+    """How the video was made, for the file beside it."""
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "order": {name: str(value) if isinstance(value, Path) else value for name, value in vars(order).items()},
+        "frames": frames,
+        "config": dataclasses.asdict(config),
+        "storyline": {"summary": plan.summary, "shots": [dataclasses.asdict(shot) for shot in plan.shots]},
+        "seconds": {**{stage: round(value, 2) for stage, value in seconds.items()}, "total": round(total, 2)},
+        "devices": [str(device) for device in jax.devices()],
+        "versions": {"kavatar_jax": kavatar_jax.__version__, **{p: importlib.metadata.version(p) for p in packages}},
+    }
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class _Display:
+    """A bar per stage with the time left; also how long each stage took. Called as a Report."""
+
+    def __init__(self, console: Console):
+        columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        self._tasks: dict[str, int] = {}
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()

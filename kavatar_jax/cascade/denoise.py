@@ -1,0 +1,148 @@
+"""The inference step: a batch of windows goes from one noise level to the next, all windows and branches at once.
+
+One compiled program serves every length of speech: windows are padded to few batch sizes, and the step is called once per
+noise level from the host, so that progress shows and an interrupt is heard. Windows are spread over the mesh's data and
+fsdp axes; on each slot `windows_per_batch` of them go through the model together, one group after the other.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kavatar_jax.config import Config, DiTConfig, SamplingConfig
+from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
+from kavatar_jax.diffusion.guidance import Branch
+from kavatar_jax.diffusion.solver import euler
+from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
+from kavatar_jax.models import vae
+from kavatar_jax.models.dit import DiT, Inputs
+from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, constrain, replicated
+from kavatar_jax.types import Params, Report
+
+
+class Told(NamedTuple):
+    """What each of W windows is told. `prompt`, `negative` and `view` are rows of the banks that windows share.
+
+    speech: (W, L, D); slices: (W, T, A); prompt, negative, view: (W,); frames: (W,) or None
+    """
+
+    speech: jax.Array
+    slices: jax.Array
+    prompt: jax.Array
+    negative: jax.Array
+    view: jax.Array
+    frames: jax.Array | None
+
+
+class Shared(NamedTuple):
+    """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D)."""
+
+    text: jax.Array
+    image: jax.Array
+    condition: jax.Array
+    director: jax.Array | None
+
+
+def denoise(
+    params: Params, noise: np.ndarray, told: Told, shared: Shared, windows: Windows,
+    config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
+) -> np.ndarray:  # fmt: skip
+    """Take noise (padded_total, h, w, C) to latents: all windows (slots, T, h, w, C) on the host, overlaps fused."""
+    branches = guidance.text_and_audio(sampling.text_scale, sampling.audio_scale)
+    sigmas = sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift)
+    first, later = step_weights(windows, sampling)
+    mesh = current()
+    x = jax.device_put(windows.split(noise), batch_sharding(mesh))
+    told, shared = jax.device_put(told, batch_sharding(mesh)), jax.device_put(shared, replicated(mesh))
+    group = group_size(windows.count, sampling)
+    for i in range(sampling.steps):
+        x = step(
+            params, x, sigmas[i], sigmas[i + 1], first if i == 0 else later, told, shared,
+            config=config, branches=branches, group=group, stride=windows.stride,
+        )  # fmt: skip
+        jax.block_until_ready(x)
+        report(stage, i + 1, sampling.steps)
+    return np.asarray(x)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "branches", "group", "stride"), donate_argnames="x")
+def step(
+    params, x, sigma, sigma_next, weights, told: Told, shared: Shared, *, config, branches, group: int, stride: int
+):
+    """x (W, T, h, w, C) at sigma -> x at sigma_next, fused by `weights` (W, T)."""
+    x = constrain(x, "batch", None, None, None, None)
+    timestep = sigma * TRAIN_STEPS
+
+    def guided_velocity(group):
+        return guidance.combine(branch_velocities(params, timestep, shared, config, branches, *group), branches)
+
+    groups = jax.tree.map(lambda leaf: _cut(leaf, group), (x, told))
+    velocity = _uncut(jax.lax.map(guided_velocity, groups))
+    x = fuse(euler(x, velocity, sigma, sigma_next), weights, stride)
+    return constrain(x, "batch", None, None, None, None)
+
+
+def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
+    """Velocities (branches, G, T, h, w, C) of a group of windows; windows and their branches are one batch."""
+    G, n = x.shape[0], len(branches)
+    positive, heard = (jnp.asarray([branch[i] for branch in branches]) for i in range(2))
+    text = jnp.where(positive, told.prompt[:, None], told.negative[:, None]).reshape(-1)
+
+    def per_branch(leaf):
+        return None if leaf is None else jnp.repeat(leaf, n, axis=0)
+
+    def for_all(leaf):
+        return None if leaf is None else jnp.broadcast_to(leaf, (G * n, *leaf.shape[1:]))
+
+    inputs = Inputs(
+        latents=per_branch(x),
+        timestep=jnp.broadcast_to(timestep, (G * n,)),
+        text=shared.text[text],
+        condition=per_branch(shared.condition[told.view]),
+        image=for_all(shared.image),
+        speech=per_branch(told.speech),
+        slices=per_branch(told.slices),
+        heard=jnp.tile(heard, G),
+        director=for_all(shared.director),
+        frames=per_branch(told.frames),
+    )
+    velocity = DiT(config).apply({"params": params}, inputs).velocity
+    return jnp.moveaxis(velocity.reshape(G, n, *x.shape[1:]), 1, 0)
+
+
+def group_size(count: int, sampling: SamplingConfig) -> int:
+    """How many of `count` windows go through the model at once, over all slots of the mesh; batches are multiples of it."""
+    slots = batch_slots(current())
+    return slots * min(sampling.windows_per_batch, -(-count // slots))
+
+
+def step_weights(windows: Windows, sampling: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Fusion weights of the first step and of all later ones; only the released sampler treats the first apart."""
+    overlap = windows.length - windows.stride
+    later = fusion_weights(windows, overlap_ramp(overlap, sampling.fusion) if overlap else None)
+    return (fusion_weights(windows, None) if sampling.indexing == "released" else later), later
+
+
+def draw_noise(seed: int, windows: Windows, config: Config) -> np.ndarray:
+    """(padded_total, h, w, C) float32; a frame's noise depends on the seed and its number, not on the video's length."""
+    shape = (config.height // vae.STRIDE, config.width // vae.STRIDE, config.vae.latent_channels)
+    return np.asarray(_draw(jax.random.key(seed), np.arange(windows.padded_total), shape))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _draw(key, frames, shape):
+    return jax.vmap(lambda frame: jax.random.normal(jax.random.fold_in(key, frame), shape))(frames)
+
+
+def _cut(leaf, group: int):
+    """(W, ...) -> (W / group, group, ...), so that every group takes the same share from each slot of the mesh."""
+    return jnp.moveaxis(leaf.reshape(group, leaf.shape[0] // group, *leaf.shape[1:]), 1, 0)
+
+
+def _uncut(leaf):
+    return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])

@@ -1,0 +1,78 @@
+"""Request and storyline to conditions: words and face become arrays, each computed once for the whole video."""
+
+import functools
+
+import jax
+import numpy as np
+
+from kavatar_jax.cascade.hear import plan_latents
+from kavatar_jax.cascade.weights import Weights
+from kavatar_jax.config import Config
+from kavatar_jax.models import clip, umt5
+from kavatar_jax.types import Conditions, Report, Request, Storyline
+
+
+def encode(request: Request, storyline: Storyline, weights: Weights, config: Config, report: Report) -> Conditions:
+    prompts = [shot.prompt for shot in storyline.shots]
+    negatives = [", ".join(filter(None, (config.negative_prompt, shot.negative))) for shot in storyline.shots]
+    unique = list(dict.fromkeys(prompts + negatives))
+    texts = np.stack([_encode_text(text, i, len(unique), weights, config, report) for i, text in enumerate(unique)])
+    row = {text: i for i, text in enumerate(unique)}
+    pixels = clip.preprocess(to_signed(request.portrait)[None], config.image)
+    face = _see(config.image, weights.image, pixels)
+    frames, _ = plan_latents(len(request.speech.samples), config.fps, config.sampling)
+    return Conditions(
+        frames=frames,
+        fps=config.fps,
+        seed=request.seed,
+        texts=texts,
+        spans=np.array([(shot.start, shot.end) for shot in storyline.shots]),
+        prompts=np.array([row[text] for text in prompts], np.int32),
+        negatives=np.array([row[text] for text in negatives], np.int32),
+        face=np.asarray(face.tokens),
+        face_embedding=np.asarray(face.embedding[0]),
+        portrait=request.portrait,
+        speech=request.speech.samples,
+        director=None if storyline.hidden is None else storyline.hidden[None],
+    )
+
+
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return image.astype(np.float32) / 127.5 - 1
+
+
+def embed_faces(images: np.ndarray, weights: Weights, config: Config) -> np.ndarray:
+    """Identity embeddings of (n, H, W, 3) uint8 images: (n, E)."""
+    return np.stack(
+        [
+            np.asarray(
+                _see(config.image, weights.image, clip.preprocess(to_signed(image)[None], config.image)).embedding[0]
+            )
+            for image in images
+        ]
+    )
+
+
+def shot_at(conditions: Conditions, start: float, end: float) -> int:
+    """The shot that fills most of the seconds from start to end."""
+    shared = np.minimum(conditions.spans[:, 1], end) - np.maximum(conditions.spans[:, 0], start)
+    return int(np.argmax(shared))
+
+
+def _encode_text(text: str, done: int, total: int, weights: Weights, config: Config, report: Report) -> np.ndarray:
+    """(text_length, D), zero rows after the last token: what the transformer expects of padding."""
+    ids, mask = weights.tokenizer([text], config.dit.text_length)
+    features = np.asarray(_read(config.text, weights.text, ids, mask)[0], np.float32)
+    report("reading prompts", done + 1, total)
+    return np.where(mask[0][:, None], features, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(config, params, ids, mask):
+    return umt5.UMT5(config).apply({"params": params}, ids, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _see(config, params, pixels):
+    return clip.CLIP(config).apply({"params": params}, pixels)

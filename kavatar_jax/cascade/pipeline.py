@@ -1,0 +1,40 @@
+"""The whole system on one screen: a portrait, a speech and an instruction become a talking video."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kavatar_jax.cascade.blueprint import at_blueprint_size, draw_blueprint
+from kavatar_jax.cascade.encode import encode
+from kavatar_jax.cascade.keyframes import pick_keyframes
+from kavatar_jax.cascade.stitch import stitch
+from kavatar_jax.cascade.subclips import render_subclips
+from kavatar_jax.cascade.weights import Weights
+from kavatar_jax.config import Config
+from kavatar_jax.types import Report, Request, Storyline, Video, silent
+
+Director = Callable[[Request], Storyline]
+
+
+def generate(
+    request: Request, director: Director, weights: Weights, config: Config,
+    *, landmarker: Any | None = None, report: Report = silent,
+) -> Video:  # fmt: skip
+    """Kling-Avatar's cascade: plan, small blueprint, keyframes, all sub-clips in parallel, one video."""
+    storyline = director(request)  # what happens, shot by shot
+    conditions = encode(
+        request, storyline, weights, config, report
+    )  # words, voice and face as arrays, each computed once
+    blueprint = draw_blueprint(conditions, weights, at_blueprint_size(config), report)  # the whole performance, small
+    keyframes = pick_keyframes(blueprint, storyline, conditions, weights, config, report, landmarker)
+    clips = render_subclips(keyframes, conditions, weights, config, report)  # all at once, over the mesh
+    return stitch(clips, request, conditions, weights, config, report)
+
+
+def generate_in_one_pass(
+    request: Request, director: Director, weights: Weights, config: Config, *, report: Report = silent
+) -> Video:
+    """StableAvatar's path: sliding windows over the whole speech at full size."""
+    storyline = director(request)
+    conditions = encode(request, storyline, weights, config, report)
+    performance = draw_blueprint(conditions, weights, config, report)
+    return stitch(performance, request, conditions, weights, config, report)

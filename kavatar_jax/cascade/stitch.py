@@ -1,0 +1,39 @@
+"""Latents to the frames of one video, made as they are asked for: nothing long is ever held in pixels."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from kavatar_jax.cascade.weights import Weights
+from kavatar_jax.config import Config
+from kavatar_jax.models import vae
+from kavatar_jax.types import Blueprint, Clips, Conditions, Report, Request, Video
+
+
+def stitch(
+    clips: Clips | Blueprint, request: Request, conditions: Conditions, weights: Weights, config: Config, report: Report
+) -> Video:
+    """One video of conditions.frames frames; the frame that two clips share appears once."""
+    frames = _join(clips, weights, config) if isinstance(clips, Clips) else decode(clips.latents, weights, config)
+    images = _counted(frames, conditions.frames, report)
+    return Video(images=images, frames=conditions.frames, fps=config.fps, speech=request.speech)
+
+
+def decode(latents: np.ndarray, weights: Weights, config: Config) -> Iterator[np.ndarray]:
+    """(T, h, w, C) -> 4 (T - 1) + 1 frames (H, W, 3) uint8, one by one."""
+    for chunk in vae.decode_stream(weights.vae, latents, config.vae):
+        yield from chunk
+
+
+def _join(clips: Clips, weights: Weights, config: Config) -> Iterator[np.ndarray]:
+    for i, length in enumerate(clips.lengths):
+        frames = decode(clips.latents[i, :length], weights, config)
+        if i:
+            next(frames)
+        yield from frames
+
+
+def _counted(frames: Iterator[np.ndarray], count: int, report: Report) -> Iterator[np.ndarray]:
+    for number, frame in zip(range(count), frames, strict=False):
+        yield frame
+        report("decoding frames", number + 1, count)

@@ -1,0 +1,121 @@
+"""The networks a run needs, from a weights directory onto the mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kavatar_jax.checkpoint import weights as store
+from kavatar_jax.config import Config
+from kavatar_jax.media.text import load_tokenizer
+from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.sharding import partition
+from kavatar_jax.types import Params
+
+PARTS = ("config.json", "model.safetensors")
+SOURCES = {  # which released file each part of a weights directory is converted from
+    "dit": "StableAvatar-1.3B/transformer3d-square.pt or transformer3d-rec-vec.pt",
+    "vae": "Wan2.1-Fun-V1.1-1.3B-InP/Wan2.1_VAE.pth",
+    "text": "Wan2.1-Fun-V1.1-1.3B-InP/models_t5_umt5-xxl-enc-bf16.pth",
+    "image": "Wan2.1-Fun-V1.1-1.3B-InP/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "speech": "wav2vec2-base-960h/",
+    "tokenizer": "Wan2.1-Fun-V1.1-1.3B-InP/google/umt5-xxl/",
+}
+
+
+RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Parameters of each network, and the tokenizer: (texts, length) -> ids and mask, both (n, length)."""
+
+    dit: Params
+    vae: Params
+    text: Params
+    image: Params
+    speech: Params
+    tokenizer: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+
+
+def read_configs(folder: Path, config: Config) -> Config:
+    """The run's config with the networks as the weights directory describes them; how they are run stays the run's.
+
+    ValueError if a part is missing, described by another version, or not made for the others.
+    """
+    check_complete(folder)
+    found = {}
+    for name, component in COMPONENTS.items():
+        mine = getattr(config, name)
+        stored = store.read_config(folder / name, component.config)
+        kept = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine) if field.name in RUN_FIELDS}
+        found[name] = dataclasses.replace(stored, **kept)
+    read = dataclasses.replace(config, **found)
+    _check_fit(folder, read)
+    return read
+
+
+def load_weights(folder: Path, config: Config) -> Weights:
+    """Read every network onto the current mesh, sharded by its AXES."""
+    check_complete(folder)
+    mesh, loaded = current(), {}
+    for name, component in COMPONENTS.items():
+        wanted = abstract(name, getattr(config, name))
+        loaded[name] = store.load_component(folder / name, wanted, partition(wanted, component.model.AXES, mesh))
+    return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
+
+
+def draw_untrained(config: Config, seed: int, tokenizer) -> Weights:
+    """Untrained networks of a config's sizes: kernels of unit gain, scales one, biases zero; drawn on the host, where
+    it takes a moment, since compiling five initialisers takes a minute."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "bias":
+            return np.zeros(leaf.shape, leaf.dtype)
+        if name == "scale":
+            return np.ones(leaf.shape, leaf.dtype)
+        fan_in = np.prod(leaf.shape[-4:-1]) if name == "kernel" else leaf.shape[-1]
+        return (rng.standard_normal(leaf.shape, np.float32) * fan_in**-0.5).astype(leaf.dtype)
+
+    params = {
+        name: jax.device_put(jax.tree_util.tree_map_with_path(draw, abstract(name, getattr(config, name))))
+        for name in COMPONENTS
+    }
+    return Weights(**params, tokenizer=tokenizer)
+
+
+def check_complete(folder: Path) -> None:
+    """ValueError that lists every part that is missing and the released file it comes from."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no weights directory {folder}; make one with tools/convert_checkpoint.py")
+    there = {name: all((folder / name / part).is_file() for part in PARTS) for name in COMPONENTS}
+    # a vocabulary, or the config.json of a tokenizer that needs none
+    there["tokenizer"] = any((folder / "tokenizer" / part).is_file() for part in ("tokenizer.json", "config.json"))
+    missing = [f"{name} (from {SOURCES[name]})" for name in there if not there[name]]
+    if missing:
+        raise ValueError(
+            f"the weights directory {folder} is incomplete; missing: {', '.join(missing)}. Fetch the released files and run "
+            f"tools/convert_checkpoint.py SRC {folder} --only {' '.join(name for name in there if not there[name])}"
+        )
+
+
+def _check_fit(folder: Path, config: Config) -> None:
+    """What the transformer expects of the encoders is what they give."""
+    audio = config.dit.audio
+    if audio is None or config.dit.image_width is None:
+        raise ValueError(
+            f"{folder / 'dit'} does not listen to speech or does not see a portrait; it needs {SOURCES['dit']}"
+        )
+    pairs = {
+        "text": (config.dit.text_width, config.text.width),
+        "image": (config.dit.image_width, config.image.width),
+        "speech": (audio.speech_width, config.speech.width),
+    }
+    odd = [f"{name} of width {given}, expected {wanted}" for name, (wanted, given) in pairs.items() if wanted != given]
+    if odd:
+        raise ValueError(f"the parts of {folder} were not made for each other: {', '.join(odd)} by {folder / 'dit'}")

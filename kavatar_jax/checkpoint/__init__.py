@@ -1,0 +1,1 @@
+"""Trees on disk: weights directories, torch files, training checkpoints. Knows no model."""

@@ -1,0 +1,162 @@
+"""A weights directory: `component/model.safetensors` and `component/config.json` for each network. Knows no model.
+
+Parameter names in the files are our own paths, "blocks/self_attn/q/kernel", layers stacked. A component is written under
+another name and renamed when it is whole, so that a directory that looks complete is complete.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from kavatar_jax.checkpoint.bridge import Mismatch, Row, flatten, pieces, placements, unflatten
+from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
+from kavatar_jax.types import Params, Report, silent
+
+STORED = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16))
+
+
+def stored_dtypes(tensors: Tensors, rows: list[Row], abstract: Params, *, unused=()) -> dict[str, np.dtype]:
+    """path -> the dtype that its reference tensors are in, after checking keys, shapes and dtypes; no tensor is read.
+
+    A stack whose layers differ is kept in float32, which holds the others exactly. ValueError lists all that is amiss.
+    """
+    found: dict[str, set[np.dtype]] = {}
+    odd = []
+    for key, slots in placements(tensors.shapes, rows, abstract, unused=unused).items():
+        odd += [f"{key} is {tensors.dtypes[key]}"] if tensors.dtypes[key] not in STORED else []
+        for slot in slots:
+            found.setdefault(slot.path, set()).add(tensors.dtypes[key])
+    if odd:
+        raise ValueError(f"{', '.join(odd)}; weights are {', '.join(map(str, STORED))}")
+    return {path: dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32) for path, dtypes in found.items()}
+
+
+def convert_component(
+    tensors: Tensors, rows: list[Row], abstract: Params, config: Any, folder: Path, *,
+    unused=(), source: str = "", report: Report = silent,
+) -> None:  # fmt: skip
+    """Write reference tensors as a component, one at a time, in their own dtype.
+
+    source: the file they come from, noted in ours. ValueError as `stored_dtypes`, before anything is written.
+    """
+    dtypes = stored_dtypes(tensors, rows, abstract, unused=unused)
+    wanted = flatten(abstract)
+    assert dtypes.keys() == wanted.keys(), f"no row for {sorted(wanted.keys() - dtypes.keys())}"
+    placed = placements(tensors.shapes, rows, abstract, unused=unused)
+    total = sum(len(slots) for slots in placed.values())
+    with replacing(folder) as partial:
+        shapes = {path: (tuple(leaf.shape), dtypes[path]) for path, leaf in wanted.items()}
+        with SafetensorsWriter(partial / "model.safetensors", shapes, {"source": source}) as writer:
+            for done, (path, layer, values) in enumerate(pieces(tensors, placed), 1):
+                writer.write(path, values, layer)
+                del values  # it holds the file's memory
+                report(folder.name, done, total)
+        write_config(partial, config)
+
+
+def save_component(params: Params, config: Any, folder: Path) -> None:
+    """Write parameters that are at hand."""
+    flat = flatten(params)
+    with replacing(folder) as partial:
+        shapes = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in flat.items()}
+        with SafetensorsWriter(partial / "model.safetensors", shapes) as writer:
+            for path, leaf in flat.items():
+                writer.write(path, np.asarray(leaf))
+        write_config(partial, config)
+
+
+def load_component(folder: Path, abstract: Params, shardings: Params) -> Params:
+    """The component's parameters as `abstract` wants them (shape, dtype), each device reading its own part of the file.
+
+    ValueError lists what is missing, left over or of another shape.
+    """
+    tensors = Tensors(folder / "model.safetensors")
+    wanted, places = flatten(abstract), flatten(shardings)
+    wrong = [f"{name} is {tensors.shapes[name]}, expected {tuple(leaf.shape)}" for name, leaf in wanted.items()
+             if name in tensors and tensors.shapes[name] != tuple(leaf.shape)]  # fmt: skip
+    missing, left = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or left or wrong:
+        raise ValueError(f"{folder} does not fit its config.json: {Mismatch(missing, left, wrong)}; convert it again")
+    return unflatten({name: _place(tensors, name, leaf, places[name]) for name, leaf in wanted.items()})
+
+
+def write_config(folder: Path, config: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path, kind: type) -> Any:
+    """The dataclass in a component's config.json. ValueError unless it has every field, no other, and of its type."""
+    path = folder / "config.json"
+    try:
+        return _revive(json.loads(path.read_text(encoding="utf-8")), kind, "it")
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
+    except ValueError as error:  # also what is no JSON and no text
+        raise ValueError(
+            f"{path} does not describe a {kind.__name__}: {error}. Another version wrote it; convert {folder.name} again"
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into that bears its name only once the block has ended well; an older one gives way then."""
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _place(tensors: Tensors, name: str, leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    parts = {}  # devices that hold the same part share one reading of it
+
+    def read(index):
+        where = tuple((part.start, part.stop) for part in index)
+        if where not in parts:
+            parts[where] = tensors.part(name, index).astype(leaf.dtype, copy=False)
+        return parts[where]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _revive(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as a field's type: int, float, bool, str, tuple[X, ...], a dataclass, or any of them or None."""
+    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in options:
+        return None
+    (kind,) = (option for option in options if option is not NoneType)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        unknown, missing = sorted(value.keys() - types.keys()), sorted(types.keys() - value.keys())
+        if unknown or missing:
+            parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
+            raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))
+        return kind(**{name: _revive(item, types[name], name) for name, item in value.items()})  # type: ignore
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        if len(kinds) == len(value):
+            return tuple(_revive(item, k, where) for item, k in zip(value, kinds, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
+    return value

@@ -1,0 +1,272 @@
+"""Every frozen dataclass that describes a run, with its checks; and how a run finds one by name and changes a field.
+
+Sizes have no defaults here: they are given once, in `configs/`. Widths and counts use the names of the published
+models; `dtype` is what is computed in, `param_dtype` what is stored.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioAdapterConfig:
+    """StableAvatar's timestep-aware audio adapter. projection: widths of its input linears, the last is the model's."""
+
+    speech_width: int
+    projection: tuple[int, ...]
+    heads: int
+    mlp: int
+    layers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The Wan2.1 diffusion transformer and its audio-driven descendants.
+
+    in_channels: 16 noisy channels, and for image conditioning 4 mask and 16 image-latent ones
+    image_width: width of the image encoder's tokens, None where there is no image cross-attention
+    image_positions: length of the table added to the image tokens (514 in FLF2V), 0 for none
+    audio: None for plain Wan
+    director_width: width of the director's hidden states, None where there is no projection for them
+    predicts: what the head's output stands for, "velocity" or the "clean" latents
+    reference: latent frames of the condition that show the reference, the "first" or "every" one that is not given
+    """
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    in_channels: int
+    out_channels: int
+    time_width: int
+    text_width: int
+    text_length: int
+    image_width: int | None
+    image_positions: int
+    audio: AudioAdapterConfig | None
+    director_width: int | None = None
+    patch: tuple[int, int, int] = (1, 2, 2)
+    predicts: str = "velocity"
+    reference: str = "first"
+    remat: str = "nothing_saveable"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Wan2.1's causal 3D VAE: 8x in space, 4x in time. latent_mean, latent_std: one number per latent channel."""
+
+    width: int
+    latent_channels: int
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    temporal: tuple[bool, ...] = (False, True, True)
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """The umT5 encoder, one relative-position table per layer."""
+
+    vocabulary: int
+    width: int
+    heads: int
+    head_width: int
+    mlp: int
+    layers: int
+    buckets: int = 32
+    max_distance: int = 128
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """The visual tower of open-CLIP XLM-R ViT-H/14."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    image_size: int
+    patch: int
+    embedding: int
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wav2Vec2Config:
+    """wav2vec 2.0. stable: layer norms before the sublayers and in every convolution (the large models)."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    conv_widths: tuple[int, ...]
+    conv_kernels: tuple[int, ...]
+    conv_strides: tuple[int, ...]
+    position_kernel: int
+    position_groups: int
+    stable: bool
+    conv_bias: bool
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How latents are drawn.
+
+    shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler does
+    text_scale, audio_scale: the two scales of three-branch guidance
+    window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows
+    fusion: weights over the overlap, "log" or "uniform"
+    indexing: "exact" (every latent frame hears its own frames) or "released" (StableAvatar's slices)
+    windows_per_batch: windows denoised together on each slot of the data axis
+    """
+
+    steps: int
+    shift: float
+    double_shift: bool
+    text_scale: float
+    audio_scale: float
+    window_frames: int
+    overlap: int
+    fusion: str
+    indexing: str
+    windows_per_batch: int
+
+    def __post_init__(self):
+        _one_of("sampling.fusion", self.fusion, ("log", "uniform"))
+        _one_of("sampling.indexing", self.indexing, ("exact", "released"))
+        _at_least("sampling.steps", self.steps, 1)
+        _at_least("sampling.windows_per_batch", self.windows_per_batch, 1)
+        if self.window_frames < 5 or self.window_frames % 4 != 1:
+            raise ValueError(
+                f"sampling.window_frames is {self.window_frames}; it must be 4n+1 and at least 5, as in 81"
+            )
+        latents = (self.window_frames - 1) // 4 + 1
+        if not 2 <= self.overlap < latents:
+            raise ValueError(
+                f"sampling.overlap is {self.overlap}; a window of {self.window_frames} frames has {latents} latent "
+                f"frames, so choose 2 to {latents - 1}"
+            )
+
+    @property
+    def window_latents(self) -> int:
+        return (self.window_frames - 1) // 4 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig:
+    """The Kling-Avatar cascade.
+
+    blueprint_scale: side of the blueprint as a fraction of the video's; blueprint_steps: its denoising steps
+    search_seconds: how far around a cut a keyframe is looked for
+    """
+
+    blueprint_scale: float
+    blueprint_steps: int
+    search_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. width, height: pixels, multiples of 16; text, image, speech: the three encoders."""
+
+    name: str
+    width: int
+    height: int
+    fps: int
+    dit: DiTConfig
+    vae: VAEConfig
+    text: UMT5Config
+    image: CLIPConfig
+    speech: Wav2Vec2Config
+    negative_prompt: str
+    sampling: SamplingConfig
+    cascade: CascadeConfig
+
+    def __post_init__(self):
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value <= 0 or value % 16:
+                nearest = max(16, round(value / 16) * 16)
+                raise ValueError(f"{name} {value} is not a multiple of 16; the nearest is {nearest}")
+        _at_least("fps", self.fps, 1)
+
+
+def load_config(name: str) -> Config:
+    """The Config that a function in a configs file returns.
+
+    name: a file in `configs/` without its ending, or a path to a file; `config()` is called, or with "file:variant" the
+    function of that name.
+    """
+    stem, _, function = name.rpartition(":") if ":" in name else (name, "", "config")
+    path = Path(stem) if stem.endswith(".py") else next((f for f in config_files() if f.stem == stem), None)
+    if path is None or not path.is_file():
+        known = ", ".join(sorted(f.stem for f in config_files()))
+        raise ValueError(f"there is no config {stem!r}; give one of {known}, or a path to a .py file")
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"{path} has no function {function}()")
+    return getattr(module, function)()
+
+
+def config_files() -> list[Path]:
+    """The configs that come with the package: beside it in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).parent
+    return [f for folder in (package.parent / "configs", package / "configs") for f in folder.glob("[!_]*.py")]
+
+
+def set_fields(config: Any, assignments: list[str]) -> Any:
+    """A config with fields replaced: "sampling.steps=30". Values are Python literals; a bare word is a string."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment} has no '='; write --set sampling.steps=30")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        config = _replace(config, path.strip().split("."), value, assignment)
+    return config
+
+
+def _replace(config: Any, path: list[str], value: Any, assignment: str) -> Any:
+    names = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if path[0] not in names:
+        near = difflib.get_close_matches(path[0], names, n=1) or names
+        raise ValueError(
+            f"--set {assignment}: there is no field {path[0]!r}; did you mean {', '.join(near) or 'none'}?"
+        )
+    old = getattr(config, path[0])
+    if len(path) > 1:
+        value = _replace(old, path[1:], value, assignment)
+    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    elif dataclasses.is_dataclass(old) or (old is not None and not isinstance(value, type(old))):
+        raise ValueError(f"--set {assignment}: {path[0]} is a {type(old).__name__}, and {value!r} is not")
+    return dataclasses.replace(config, **{path[0]: value})  # type: ignore[type-var]
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _at_least(name, value, least):
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,1 @@
+"""Files to numpy and back: speech, portraits, video, faces. Imports no jax."""

@@ -1,0 +1,1 @@
+"""One network per file, with its sharding and conversion tables at its foot."""

@@ -1,0 +1,33 @@
+"""The one mesh of a run, always present, even on one device; and which platform a computation is traced for."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
+    """A mesh of all devices, laid out by JAX for the topology at hand; one size may be -1 and takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, context, tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = len(devices) // max(1, math.prod(s for s in sizes if s != -1))
+    if math.prod(sizes) != len(devices):
+        axes = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(f"a mesh of {axes} needs {math.prod(sizes)} devices and there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def platform() -> str:
+    """The platform code is traced for: the entered mesh's, so that it is right when compiling for absent hardware."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def current() -> Mesh:
+    """The entered mesh, or one of a single device if none is."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh(1, devices=jax.devices()[:1]) if mesh.empty else mesh

@@ -1,0 +1,78 @@
+"""From logical axes to mesh axes. RULES is the only place in the package that names mesh axes.
+
+Model files say what an axis means (`AXES`: parameter path -> logical axes); here is where it lives.
+"""
+
+import re
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kavatar_jax.types import Params
+
+RULES = {
+    None: None,
+    "batch": ("data", "fsdp"),
+    "tokens": "context",
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+}
+
+
+def spec(*logical: str | None) -> P:
+    """The PartitionSpec of an array whose axes have these logical names."""
+    return P(*(RULES[name] for name in logical))
+
+
+def constrain(x, *logical: str | None):
+    """Pin an activation's layout; without a mesh, or where an axis does not divide, leave that to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _divisible(spec(*logical), x.shape, mesh))
+
+
+def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
+    """A NamedSharding for every leaf of `params` from a model's AXES (regular expression -> logical axes).
+
+    Every leaf must match exactly one row. An axis that the mesh does not divide is replicated.
+    """
+
+    def place(path, leaf):
+        name = "/".join(str(key.key) for key in path)
+        rows = [row for row in axes if re.fullmatch(row, name)]
+        assert len(rows) == 1, f"{name} is matched by {rows or 'no row'} of AXES"
+        logical = axes[rows[0]]
+        assert len(logical) == len(leaf.shape), f"{name} has shape {leaf.shape} and axes {logical}"
+        return NamedSharding(mesh, _divisible(spec(*logical), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    """The leading axis spread over data and fsdp."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def batch_slots(mesh) -> int:
+    """How many slots the leading axis of a batch is spread over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _divisible(wanted: P, shape, mesh) -> P:
+    def fits(axes, size):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        count = 1
+        for name in names:
+            count *= mesh.shape[name]
+        return size % count == 0
+
+    return P(*(axes if fits(axes, size) else None for axes, size in zip(wanted, shape, strict=True)))

@@ -1,0 +1,183 @@
+"""From sources to batches on the mesh: every process loads the rows that its own devices hold, ahead of time.
+
+Batch number n is a pure function of the config and n, on any number of processes, so the position of a run in its data is
+one number, and a run that resumes, on whatever mesh, goes on with the very next batch.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from kavatar_jax.config import Config
+from kavatar_jax.media.image import resize
+from kavatar_jax.media.text import Tokenizer
+from kavatar_jax.models import clip, wav2vec2
+from kavatar_jax.parallel.sharding import batch_sharding, batch_slots
+from kavatar_jax.training.config import Bucket, DataConfig
+from kavatar_jax.training.objective import Batch
+from kavatar_jax.training.sources import open_source
+
+
+class Clips(NamedTuple):
+    """A batch of clips as they are recorded; a field that the model does not use is None.
+
+    video: (B, F, H, W, 3) uint8; reference: (B, H, W, 3) uint8 given as first frame; last: (B,) bool, last one given too
+    face, lip: (B, F, H, W) uint8, 255 inside; ids: (B, L) tokens; samples: (B, n) normalised; pixels: (B, S, S, 3) for the
+    image encoder; director: (B, L, D)
+    """
+
+    video: Any
+    reference: Any
+    last: Any
+    face: Any
+    lip: Any
+    ids: Any
+    samples: Any | None
+    pixels: Any | None
+    director: Any | None
+
+
+class Loaded(NamedTuple):
+    """number: of the batch; bucket: its size; names: of this process's records; clips: global arrays over the mesh."""
+
+    number: int
+    bucket: Bucket
+    names: list[str]
+    clips: Clips | Batch
+
+
+class Loader:
+    """Batches from `position` on, without end."""
+
+    def __init__(self, config: DataConfig, model: Config, tokenizer: Tokenizer, mesh, *, position: int = 0):
+        self.position, self._config = position, config
+        self._sharding = batch_sharding(mesh)
+        for bucket in config.buckets:
+            if bucket.batch % batch_slots(mesh):
+                raise ValueError(
+                    f"a batch of {bucket.batch} does not spread over data x fsdp = {batch_slots(mesh)} places; "
+                    f"use a multiple of it"
+                )
+        sources = [_Batches(config, bucket, model, tokenizer, self.rows(bucket)) for bucket in config.buckets]
+        batches = [grain.MapDataset.source(source) for source in sources]
+        mixed = grain.MapDataset.mix(batches, [bucket.weight for bucket in config.buckets])
+        # what decodes and renders is mostly ffmpeg and numpy, which let other threads run
+        options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.ahead)
+        stream = mixed[position:].to_iter_dataset(options)
+        if config.workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
+        self._stream = iter(stream)
+
+    def __iter__(self) -> Iterator[Loaded]:
+        return self
+
+    def __next__(self) -> Loaded:
+        number, names, rows = next(self._stream)
+        bucket, self.position = self._config.buckets[number], self.position + 1
+        return Loaded(self.position - 1, bucket, names, place(rows, self.rows(bucket), bucket.batch, self._sharding))
+
+    def rows(self, bucket: Bucket) -> np.ndarray:
+        """The rows of a batch that this process's devices hold."""
+        held = self._sharding.addressable_devices_indices_map((bucket.batch,)).values()
+        return np.unique(np.concatenate([np.arange(bucket.batch)[index] for index in held if index is not None]))
+
+
+def place(tree, rows: np.ndarray, batch: int, sharding):
+    """Arrays of some rows of a batch -> global arrays over the mesh."""
+
+    def put(leaf):
+        def part(index):
+            return leaf[np.searchsorted(rows, np.arange(batch)[index[0]])]
+
+        return jax.make_array_from_callback((batch, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, tree)
+
+
+class _Batches:
+    """A source of batches: (number of the bucket, names, rows)."""
+
+    def __init__(self, config: DataConfig, bucket: Bucket, model: Config, tokenizer: Tokenizer, rows: np.ndarray):
+        self._config, self._bucket, self._model, self._tokenizer, self._rows = config, bucket, model, tokenizer, rows
+        self._number = config.buckets.index(bucket)
+        self._source = open_source(config, bucket, model.fps)
+        records = grain.MapDataset.range(len(self._source))
+        self._order = records if self._source.endless else records.shuffle(seed=config.seed + self._number).repeat()
+
+    def __len__(self) -> int:
+        return len(self._order) // self._bucket.batch
+
+    def __getitem__(self, index: int):
+        serials = index * self._bucket.batch + self._rows
+        rows = [self._compose(int(serial)) for serial in serials]
+        names = [name for name, _ in rows]
+        return self._number, names, jax.tree.map(lambda *leaves: np.stack(leaves), *[row for _, row in rows])
+
+    def _compose(self, serial: int):
+        rng = np.random.default_rng([self._config.seed, self._number, serial])
+        record = self._source[self._order[serial]]
+        config = self._config
+        portrait, last = bool(rng.random() < config.portrait), bool(rng.random() < config.first_last)
+        if "views" in record:
+            return record["name"], _prepared_row(record, portrait, last)
+        if rng.random() < config.padding:
+            record = pad(record, rng.uniform(0, config.padding_most, 4))
+        return record["name"], clip_row(record, self._model, self._tokenizer, portrait=portrait, last=last)
+
+
+def clip_row(record: dict[str, Any], model: Config, tokenizer: Tokenizer, *, portrait: bool, last: bool) -> Clips:
+    """One record as a row of Clips."""
+    reference = record.get("portrait", record["video"][0]) if portrait else record["video"][0]
+    pixels = None
+    if model.dit.image_width is not None:
+        pixels = clip.preprocess(reference[None].astype(np.float32) / 127.5 - 1, model.image)[0]
+    return Clips(
+        video=record["video"],
+        reference=reference,
+        last=np.asarray(last),
+        face=_to_bytes(record["face"]),
+        lip=_to_bytes(record["lip"]),
+        ids=tokenizer([record["prompt"]], model.dit.text_length)[0][0],
+        samples=wav2vec2.normalise(record["samples"]) if model.dit.audio is not None else None,
+        pixels=pixels,
+        director=record.get("director") if model.dit.director_width is not None else None,
+    )
+
+
+def pad(record: dict[str, Any], sides: np.ndarray) -> dict[str, Any]:
+    """The clip made smaller, with black around it. sides: left, right, top, bottom, as shares of the frame."""
+    frames, height, width, _ = record["video"].shape
+    left, right, top, bottom = (np.asarray(sides) * (width, width, height, height)).astype(int)
+    inner = (width - left - right, height - top - bottom)
+
+    def shrink(image):
+        grey = image.ndim == 2
+        small = resize(np.repeat(image[..., None], 3, axis=2) if grey else image, inner)
+        framed = np.zeros((height, width, 3), np.uint8)
+        framed[top : height - bottom, left : width - right] = small
+        return framed[..., 0] if grey else framed
+
+    padded = {"video": np.stack([shrink(frame) for frame in record["video"]])}
+    for name in ("face", "lip"):
+        padded[name] = np.stack([shrink(mask) for mask in _to_bytes(record[name])])
+    if "portrait" in record:
+        padded["portrait"] = shrink(record["portrait"])
+    return record | padded
+
+
+def _to_bytes(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
+
+
+def _prepared_row(record: dict[str, Any], portrait: bool, last: bool) -> Batch:
+    condition = record["conditions"][record["views"].index((portrait, last))]
+    frames = len(condition)
+    given = np.zeros((frames, 4), np.float32)
+    given[0] = 1
+    given[-1, -1] = max(given[-1, -1], last)
+    stored = {name: record[name] for name in Batch._fields if name in record}
+    stored = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in stored.items()}
+    return Batch(condition=condition.astype(np.float32), given=given, **stored)

@@ -1,0 +1,67 @@
+"""From clips as they are recorded to the Batch that the transformer's step takes; the networks that do not learn run here."""
+
+import jax
+import jax.numpy as jnp
+
+from kavatar_jax.config import Config
+from kavatar_jax.models import vae
+from kavatar_jax.parallel.sharding import constrain
+from kavatar_jax.training import encoders
+from kavatar_jax.training.data import Clips
+from kavatar_jax.training.objective import Batch, resize_masks
+from kavatar_jax.types import Params
+
+MASK_CHANNELS = 4  # one for each video frame of a latent frame
+
+
+def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: frozenset[str]) -> Batch:
+    """Latents of the clips and of what is given of them, and what they say and show; traceable.
+
+    params: by component; masks: as ObjectiveConfig; live: encoders that learn, whose input is passed on as it is
+    """
+    video, shown = to_signed(clips.video), show(clips)
+    # one program for both, one after the other
+    latents, condition = jax.lax.map(lambda x: _moments(params["vae"], x, model), jnp.stack([video, shown]))
+    size = latents.shape[1:4]
+    text, image, speech = clips.ids, clips.pixels, clips.samples
+    if "text" not in live:
+        text = encoders.read(params["text"], text, model.text)
+    if image is not None and "image" not in live:
+        image = encoders.see(params["image"], image, model.image)
+    if speech is not None and "speech" not in live:
+        speech = encoders.listen(params["speech"], speech, model.speech)
+    return Batch(
+        latents=latents,
+        condition=condition,
+        given=given_frames(clips.last, size[0]),
+        face=resize_masks(clips.face, size, masks),
+        lip=resize_masks(clips.lip, size, masks),
+        text=text,
+        image=image,
+        speech=speech,
+        director=clips.director,
+    )
+
+
+def to_signed(pixels):
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
+
+
+def show(clips: Clips):
+    """The clips as far as they are given, in [-1, 1]: reference first, the last frame for those that have it, grey between."""
+    video = to_signed(clips.video)
+    shown = jnp.zeros_like(video).at[:, 0].set(to_signed(clips.reference))
+    last = jnp.where(clips.last[:, None, None, None], video[:, -1], 0)
+    return shown.at[:, -1].set(last) if video.shape[1] > 1 else shown
+
+
+def given_frames(last_B, frames: int):
+    """(B, T, 4): the first frame counts for all four of its latent."""
+    given = jnp.zeros((last_B.shape[0], frames, MASK_CHANNELS)).at[:, 0].set(1)
+    return given.at[:, -1, -1].set(jnp.where(last_B, 1.0, given[:, -1, -1]))
+
+
+def _moments(params: Params, video_BFHWC, model: Config):
+    video_BFHWC = constrain(video_BFHWC, "batch", None, None, None, None)
+    return jnp.concatenate(vae.encode(params, video_BFHWC, model.vae), axis=-1)

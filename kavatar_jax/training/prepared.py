@@ -1,0 +1,56 @@
+"""Clips whose latents and features were computed beforehand, in files: reading them. `prepare` writes them.
+
+    about.json                       what was prepared, and from which config
+    128x128x49/00000000.npz ...      one clip: a row of every field of a Batch, but for `condition` and `given`
+In place of these a file has `conditions`, one for each of the `views` in about.json: [portrait, last], whether the given
+first frame is the portrait, and whether the last frame is given too. Floats are stored in half precision.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kavatar_jax.training.config import Bucket, DataConfig
+
+
+class Prepared:
+    """Records are dicts of a clip's arrays, with `name` and `views`."""
+
+    endless = False
+
+    def __init__(self, config: DataConfig, bucket: Bucket):
+        folder = Path(config.folder)
+        if not (folder / "about.json").is_file():
+            raise ValueError(f"{folder} has no about.json: nothing was prepared there, or preparing was cut short")
+        about = json.loads((folder / "about.json").read_text())
+        self.views = [tuple(view) for view in about["views"]]
+        self.learning = frozenset(about["learning"])
+        self._folder = folder / folder_name(bucket)
+        self._files = sorted(self._folder.glob("*.npz"))
+        if not self._files:
+            known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "nothing"
+            raise ValueError(f"{folder} holds no clips of {self._folder.name}; it has {known}")
+        missing = [view for view in views_of(config) if view not in self.views]
+        if missing:
+            raise ValueError(f"{folder} was prepared without the views (portrait, last) {missing}; prepare it again")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with np.load(self._files[index]) as file:
+            arrays = {name: file[name] for name in file.files}
+        return {"name": f"{self._folder.name}/{self._files[index].stem}", "views": self.views, **arrays}
+
+
+def folder_name(bucket: Bucket) -> str:
+    return f"{bucket.width}x{bucket.height}x{bucket.frames}"
+
+
+def views_of(config: DataConfig) -> list[tuple[bool, bool]]:
+    """The (portrait, last) that a data config can draw."""
+    portraits = [False] * (config.portrait < 1) + [True] * (config.portrait > 0)
+    lasts = [False] * (config.first_last < 1) + [True] * (config.first_last > 0)
+    return [(portrait, last) for portrait in portraits for last in lasts]

@@ -1,0 +1,159 @@
+"""Where clips come from: a bucket goes in, a random-access source of records comes out.
+
+A record of the sources "puppets" and "clips" is a dict:
+    name: what to call it in messages                  video: (F, H, W, 3) uint8 at the bucket's size
+    samples: (n,) float32, exactly F frames long       face, lip: (F, H, W) bool, or uint8 with 255 inside
+    prompt: str                                        portrait: (H, W, 3) uint8, where there is one
+    director: (L, D) float32, where there is one
+One of "prepared" holds a row of every field of a Batch; see `prepared`.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from kavatar_jax.media.audio import load_speech
+from kavatar_jax.media.image import resize
+from kavatar_jax.media.video import read_frames
+from kavatar_jax.puppets.records import Records, RecordsConfig
+from kavatar_jax.training.config import Bucket, DataConfig
+from kavatar_jax.training.prepared import Prepared
+from kavatar_jax.types import SAMPLE_RATE
+
+MASK_FOLDERS = {"face": "face_masks", "lip": "lip_masks"}
+
+
+class Source(Protocol):
+    """Random access, as grain wants it. endless: indices are drawn in order and never again."""
+
+    endless: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
+    """ValueError if what the config names is not there."""
+    if config.source == "prepared":
+        return Prepared(config, bucket)
+    if config.source == "clips":
+        return ClipFolders(config, bucket, fps)
+    return Puppets(config, bucket, fps)
+
+
+class Puppets:
+    """The known-answer world."""
+
+    endless = True
+
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        number = config.buckets.index(bucket)  # buckets do not show the same performances at two sizes
+        self._records = Records(
+            RecordsConfig(
+                seed=config.seed + 1000003 * number,
+                split=config.split,
+                frames=bucket.frames,
+                width=bucket.width,
+                height=bucket.height,
+                fps=fps,
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        samples = record["audio"]
+        return {
+            "name": f"puppet {self._records.config.seed}/{index}",
+            "video": record["video"],
+            "samples": samples,
+            "face": record["face_mask"],
+            "lip": record["lip_mask"],
+            "prompt": record["prompt"],
+            "portrait": record["portrait"],
+        }
+
+
+class ClipFolders:
+    """Folders as StableAvatar lays them out, listed in a text file, one to a line:
+
+        sub_clip.mp4  audio.wav  face_masks/frame_0.png ...  lip_masks/frame_0.png ...  and, if you like,
+        prompt.txt  portrait.png  director.npy
+
+    A stretch of `frames` at the run's frame rate is taken from a random place. A clip that is too short holds its last
+    frame in silence. Where there is no prompt.txt the path says which of the release's three prompts it is.
+    """
+
+    endless = False
+
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        self._config, self._bucket, self._fps = config, bucket, fps
+        listing = Path(config.folder) / bucket.clips
+        if not bucket.clips or not listing.is_file():
+            raise ValueError(f"a bucket's clips is {bucket.clips!r}; name a file in {config.folder} that lists folders")
+        lines = [line.strip() for line in listing.read_text().splitlines()]
+        self._folders = [Path(config.folder, line) for line in lines if line]
+        if not self._folders:
+            raise ValueError(f"{listing} lists no folders")
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at(index, np.random.default_rng([self._config.seed, index]).random())
+
+    def at(self, index: int, place: float) -> dict[str, Any]:
+        """The clip with the stretch taken at `place` of all places there are, from 0 to 1."""
+        folder, bucket, fps = self._folders[index], self._bucket, self._fps
+        frames = list(read_frames(folder / "sub_clip.mp4", fps=fps))
+        start = int(place * (max(0, len(frames) - bucket.frames) + 1))
+        chosen = np.minimum(np.arange(start, start + bucket.frames), len(frames) - 1)
+        size = (bucket.width, bucket.height)
+        record = {
+            "name": str(folder),
+            "video": np.stack([resize(frames[i], size) for i in chosen]),
+            "samples": _stretch(load_speech(folder / "audio.wav").samples, start, bucket.frames, fps),
+            "prompt": _prompt(folder),
+        }
+        for name, where in MASK_FOLDERS.items():
+            record[name] = self._masks(folder / where, chosen, len(frames))
+        if (folder / "portrait.png").is_file():
+            record["portrait"] = resize(np.asarray(Image.open(folder / "portrait.png").convert("RGB")), size)
+        if (folder / "director.npy").is_file():
+            record["director"] = np.load(folder / "director.npy").astype(np.float32)
+        return record
+
+    def _masks(self, folder: Path, chosen: np.ndarray, count: int) -> np.ndarray:
+        """Masks are numbered as the frames of the file; those nearest in time are taken."""
+        bucket = self._bucket
+        files = sorted(folder.glob("*.png"), key=lambda file: int(file.stem.rpartition("_")[2]))
+        if not files and self._config.whole_masks:
+            return np.full((bucket.frames, bucket.height, bucket.width), 255, np.uint8)
+        if not files:
+            raise ValueError(f"{folder} holds no masks; make them, or set data.whole_masks to do without")
+        nearest = np.clip(np.round((chosen + 0.5) * len(files) / count - 0.5).astype(int), 0, len(files) - 1)
+        size = (bucket.width, bucket.height)
+        return np.stack([np.asarray(Image.open(files[i]).convert("L").resize(size)) for i in nearest])
+
+
+def _stretch(samples: np.ndarray, start: int, frames: int, fps: int) -> np.ndarray:
+    first = round(start * SAMPLE_RATE / fps)
+    taken = np.zeros(round(frames * SAMPLE_RATE / fps), np.float32)
+    heard = samples[first : first + len(taken)]
+    taken[: len(heard)] = heard
+    return taken
+
+
+def _prompt(folder: Path) -> str:
+    if (folder / "prompt.txt").is_file():
+        return (folder / "prompt.txt").read_text(encoding="utf-8").strip()
+    doing = {"singing": "singing", "speech": "talking", "dancing": "simultaneously dancing and singing"}
+    found = [action for word, action in doing.items() if word in str(folder)]
+    if not found:
+        raise ValueError(f"{folder} has no prompt.txt, and its path names none of {', '.join(doing)}")
+    return f"The protagonist is {found[0]}"

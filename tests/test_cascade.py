@@ -1,0 +1,188 @@
+"""The cascade on the tiny config: what windows hear and see, how many frames come out, one program, eight devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import demo
+from kavatar_jax.cascade import denoise as denoising
+from kavatar_jax.cascade.blueprint import at_blueprint_size, plan_windows, see, tell_windows
+from kavatar_jax.cascade.denoise import denoise, draw_noise
+from kavatar_jax.cascade.encode import encode
+from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
+from kavatar_jax.cascade.keyframes import _best_path, pick_keyframes
+from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
+from kavatar_jax.cascade.weights import draw_untrained
+from kavatar_jax.config import set_fields
+from kavatar_jax.diffusion.windows import Windows
+from kavatar_jax.director.rules import direct
+from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.types import SAMPLE_RATE, Blueprint, Request, Speech, silent
+
+
+@pytest.fixture(scope="module")
+def config():
+    return demo.tiny()
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    return draw_untrained(config, 0, ByteTokenizer())
+
+
+def make_request(config, seconds, seed=0):
+    rng = np.random.default_rng(5)
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    samples = 0.2 * np.sin(2 * np.pi * 150 * time) * (np.sin(2 * np.pi * 1.5 * time) > -0.3)
+    portrait = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
+    return Request(portrait=portrait, speech=Speech(samples=samples.astype(np.float32)), instruction="smile", seed=seed)
+
+
+def run(make, request, weights, config):
+    video = make(request, direct, weights, config)
+    frames = np.stack(list(video.images))
+    assert len(frames) == video.frames and frames.dtype == np.uint8
+    return frames
+
+
+@pytest.mark.parametrize("fps", [24, 25, 30])
+@pytest.mark.parametrize("seconds", [0.3, 0.9, 3.24, 5.0])
+def test_every_latent_frame_hears_its_own_frames(config, weights, fps, seconds):
+    config = dataclasses.replace(config, fps=fps)
+    samples = make_request(config, seconds).speech.samples
+    windows = plan_windows(len(samples), config)
+    spans = spans_of_windows(windows, len(samples), fps, config.sampling)
+    _, slices = hear(samples, spans, weights.speech, config)
+    for k in range(windows.count):
+        assert spans[k, 0] == round(4 * windows.starts[k] * SAMPLE_RATE / fps)
+        for i in range(windows.length):
+            latent = int(windows.starts[k]) + i
+            if i == 0 and k > 0:  # a window's first latent stands for one frame to the model
+                first = last = 4 * latent
+            else:
+                first, last = max(4 * latent - 3, 0), 4 * latent
+            row = slices[k, i][slices[k, i] >= 0]
+            heard = spans[k, 0] / SAMPLE_RATE + row * 0.02
+            # to within one token of 20 ms, which is as far as the encoder may end before its samples do
+            assert heard[0] <= first / fps + 0.02 and heard[-1] + 0.045 >= (last + 1) / fps
+            # and hardly more than the neighbours that widen every slice
+            assert heard[-1] - (last + 1) / fps < (NEIGHBOURS + 3) * 0.02
+
+
+def test_released_windows_hear_84_frames_and_the_last_what_is_left(config, weights):
+    config = set_fields(config, ["sampling.indexing=released"])
+    samples = make_request(config, 3.0).speech.samples
+    windows = plan_windows(len(samples), config)
+    spans = spans_of_windows(windows, len(samples), 25, config.sampling)
+    assert (np.diff(spans[: windows.count - 1], axis=1) == 640 * 4 * windows.length).all()
+    assert spans[windows.count - 1, 1] == len(samples)
+    _, slices = hear(samples, spans, weights.speech, config)
+    assert ABSENT in slices[windows.count - 1] and SILENCE in slices[0]
+
+
+@pytest.mark.parametrize("fps", [24, 25, 30])
+def test_no_frame_is_lost_in_planning(config, fps):
+    for samples in [1, 300, 8000, 51_200, 51_840, 54_400, 80_000, 3_745_760]:
+        frames, latents = plan_latents(samples, fps, config.sampling)
+        assert frames == max(1, round(samples / SAMPLE_RATE * fps))
+        assert latents == 2 or 4 * (latents - 2) + 1 < frames
+        assert frames <= 4 * (latents - 1) + 1
+
+
+@pytest.mark.parametrize("seconds", [0.02, 3.3])
+@pytest.mark.parametrize("make", [generate, generate_in_one_pass])
+def test_as_many_frames_as_speech(make, seconds, weights, config):
+    request = make_request(config, seconds)
+    frames = run(make, request, weights, config)
+    assert frames.shape == (max(1, round(seconds * config.fps)), config.height, config.width, 3)
+    assert frames.std() > 1
+
+
+def test_the_same_seed_gives_the_same_video(weights, config):
+    one, two, other = (run(generate, make_request(config, 1.2, seed), weights, config) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, two)
+    assert (one != other).any()
+
+
+def test_one_program_serves_two_lengths(weights, config):
+    lengths = 2.9, 3.2
+    counts = [plan_windows(int(seconds * SAMPLE_RATE), config) for seconds in lengths]
+    assert counts[0].total != counts[1].total and counts[0].slots == counts[1].slots
+    run(generate_in_one_pass, make_request(config, lengths[0]), weights, config)
+    programs = denoising.step._cache_size()
+    run(generate_in_one_pass, make_request(config, lengths[1]), weights, config)
+    assert denoising.step._cache_size() == programs
+
+
+def sample(request, weights, config, mesh):
+    with jax.set_mesh(mesh):
+        conditions = encode(request, direct(request), weights, config, silent)
+        windows, told, shared = tell_windows(conditions, weights, config)
+        noise = draw_noise(0, windows, config)
+        latents = denoise(
+            weights.dit, noise, told, shared, windows, config.dit, config.sampling, stage="", report=silent
+        )
+        return windows.join(latents)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 1, 2)])
+def test_windows_over_eight_devices_equal_one(weights, config, sizes):
+    request = make_request(config, 5.0)
+    mesh = make_mesh(*sizes)
+    one = sample(request, weights, config, make_mesh(1, devices=jax.devices()[:1]))
+    spread = dataclasses.replace(weights, **{
+        name: jax.device_put(getattr(weights, name), jax.NamedSharding(mesh, jax.P()))
+        for name in ("dit", "vae", "text", "image", "speech")
+    })  # fmt: skip
+    many = sample(request, spread, config, mesh)
+    assert one.shape[0] == plan_latents(len(request.speech.samples), config.fps, config.sampling)[1]
+    np.testing.assert_allclose(many, one, atol=2e-5 * np.abs(one).max())
+
+
+def test_a_longer_speech_does_not_change_the_noise_before_it(config):
+    windows = [plan_windows(int(seconds * SAMPLE_RATE), config) for seconds in (1.0, 4.0)]
+    short, long = (draw_noise(7, w, config) for w in windows)
+    np.testing.assert_array_equal(short, long[: len(short)])
+    assert (draw_noise(8, windows[0], config) != short).all()
+
+
+def test_masks_of_first_and_last_frame(weights, config):
+    red = np.zeros((config.height, config.width, 3), np.uint8)
+    shown = see([{0: red}, {0: red, 12: red + 200}], weights, config)
+    mask = shown[..., 0, 0, :4]
+    np.testing.assert_array_equal(mask[:, 0], np.ones((2, 4)))
+    np.testing.assert_array_equal(mask[0, 1:], 0)
+    np.testing.assert_array_equal(mask[1, 3], [0, 0, 0, 1])
+    np.testing.assert_array_equal(mask[1, [1, 2, 4, 5]], 0)
+    # causal: what is shown later leaves earlier latents alone
+    np.testing.assert_allclose(shown[0, :3], shown[1, :3], atol=1e-5)
+    assert np.abs(shown[0, 3] - shown[1, 3]).max() > 1e-3
+
+
+def test_keyframes_lie_on_the_grid_and_windows_reach_between_them(weights, config):
+    request = make_request(config, 4.0)
+    storyline = direct(request)
+    conditions = encode(request, storyline, weights, config, silent)
+    small = at_blueprint_size(config)
+    windows = Windows(total=26, length=6, stride=4, slots=6)
+    latents = draw_noise(0, windows, small)[:26]
+    blueprint = Blueprint(latents=latents, frames=100, width=small.width, height=small.height)
+    keyframes = pick_keyframes(blueprint, storyline, conditions, weights, config, silent)
+    cuts = np.array(keyframes.cuts)
+    assert cuts[0] == 0 and cuts[-1] == 100
+    assert (np.diff(cuts) % 4 == 0).all() and np.diff(cuts).min() >= 4
+    assert np.diff(cuts).max() <= config.sampling.window_frames - 1
+    assert keyframes.images.shape == (len(cuts), config.height, config.width, 3)
+    np.testing.assert_array_equal(keyframes.images[0], request.portrait)
+
+
+def test_the_best_path_gives_up_a_better_frame_where_a_window_would_not_reach():
+    worth = [{0: 0.0}, {8: 1.0, 12: 0.9}, {28: 0.0, 32: 0.0}]
+    assert _best_path(worth, 20) == [0, 12, 32] or _best_path(worth, 20) == [0, 8, 28]
+    assert _best_path(worth, 20)[1] == 8
+    worth[2] = {32: 0.0}
+    assert _best_path(worth, 20) == [0, 12, 32]

@@ -1,0 +1,117 @@
+"""Schedules, guidance, solvers and windows in closed form, and the recorded sliding-window sampler."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion.flow import add_noise, predicted_clean, sampling_sigmas, target_velocity, time_shift
+from kavatar_jax.diffusion.solver import euler
+from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp, slot_bucket
+from tools.reference import sampler, tables
+from tools.reference.synthetic_weights import Fixture
+
+
+@pytest.mark.parametrize("module, name", [(tables, "tables"), (sampler, "sampler")])
+def test_recorded_outputs(module, name):
+    fixture = Fixture(str(GOLDEN / name))
+    seen = set()
+    for output, value in module.run(fixture):
+        fixture.check(output, value)
+        seen.add(output)
+    assert seen == set(fixture.meta["outputs"])
+
+
+def test_schedules():
+    np.testing.assert_allclose(
+        sampling_sigmas(10, 5.0, double_shift=True)[[0, 1, 9, 10]], [1, 0.975743, 0.0244141, 0], atol=1e-6
+    )
+    once = sampling_sigmas(4, 3.0, double_shift=False)
+    np.testing.assert_allclose(once[3], time_shift(0.001, 3.0), atol=1e-7)
+    assert (np.diff(once) < 0).all()
+
+
+def test_euler_is_exact_on_straight_paths():
+    x, noise = jnp.array([2.0, -1.0]), jnp.array([0.5, 3.0])
+    state = add_noise(x, noise, 0.8)
+    np.testing.assert_allclose(euler(state, target_velocity(x, noise), 0.8, 0.0), x, atol=1e-6)
+    np.testing.assert_allclose(predicted_clean(state, target_velocity(x, noise), 0.8), x, atol=1e-6)
+
+
+def test_euler_converges_to_the_gaussian_it_flows_to():
+    """For data N(m, s^2) the marginal velocity is known, and noise z ends at m + s z."""
+    m, s, z = 1.5, 0.3, jnp.linspace(-2, 2, 9)
+
+    def velocity(x, sigma):
+        variance = (1 - sigma) ** 2 * s**2 + sigma**2
+        slope = (sigma - (1 - sigma) * s**2) / variance
+        return -m + slope * (x - (1 - sigma) * m)
+
+    errors = []
+    for steps in (50, 200):
+        x = z
+        sigmas = sampling_sigmas(steps, 1.0, double_shift=False)
+        for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+            x = euler(x, velocity(x, sigma), sigma, below)
+        errors.append(float(jnp.abs(x - (m + s * z)).max()))
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 2.5
+
+
+def test_three_branches_combine_as_released():
+    u, a, p = (np.random.default_rng(i).standard_normal(5).astype(np.float32) for i in range(3))
+    branches = guidance.text_and_audio(3.0, 5.0)
+    told = {(False, False): u, (False, True): a, (True, True): p}
+    stacked = jnp.stack([told[branch.positive, branch.heard] for branch in branches])
+    np.testing.assert_allclose(guidance.combine(stacked, branches), u + 5 * (a - u) + 3 * (p - a), rtol=1e-5)
+
+
+def test_branches_that_weigh_nothing_are_not_run():
+    assert [branch[:2] for branch in guidance.text_and_audio(1.0, 1.0)] == [(True, True)]
+    assert len(guidance.text_and_audio(4.0, 4.0)) == 2
+
+
+@pytest.mark.parametrize("length, overlap", [(21, 5), (21, 10), (11, 2), (7, 5), (6, 4)])
+@pytest.mark.parametrize("total", [3, 21, 22, 40, 63])
+@pytest.mark.parametrize("short_end", [False, True])
+@pytest.mark.parametrize("scheme", ["log", "uniform"])
+def test_fusion_equals_laying_windows_down_one_after_another(length, overlap, total, short_end, scheme):
+    stride = length - overlap
+    windows = Windows(total=total, length=length, stride=stride, slots=9 * 8, short_end=short_end)
+    ramp = overlap_ramp(overlap, scheme)
+    weights = fusion_weights(windows, ramp)
+    stepped = np.random.default_rng(0).standard_normal((windows.slots, length, 2)).astype(np.float32)
+
+    laid = np.zeros((windows.padded_total, 2))
+    for k in range(windows.count):
+        start, valid = windows.starts[k], windows.valid[k]
+        mine = np.ones(valid)
+        if k:
+            mine[:overlap] = ramp[:valid]
+        laid[start : start + valid] = (
+            mine[:, None] * stepped[k, :valid] + (1 - mine[:, None]) * laid[start : start + valid]
+        )
+
+    fused = np.asarray(fuse(jnp.asarray(stepped), jnp.asarray(weights), stride))
+    np.testing.assert_allclose(windows.join(fused), laid[:total], atol=1e-5)
+    for k in range(windows.count):  # neighbours agree where they overlap
+        valid = windows.valid[k]
+        np.testing.assert_allclose(fused[k, :valid], laid[windows.starts[k] :][:valid], atol=1e-5)
+
+
+def test_window_lists():
+    def spans(total, overlap):
+        windows = Windows(total=total, length=21, stride=21 - overlap, slots=30, short_end=True)
+        return [(int(s), int(s + v)) for s, v in zip(windows.starts, windows.valid, strict=True)][: windows.count]
+
+    assert spans(32, 5) == [(0, 21), (16, 32)]
+    assert spans(40, 10) == [(0, 21), (11, 32), (22, 40)]
+    assert spans(63, 5)[-1][1] == 63 and len(spans(63, 5)) == 4
+    assert len(spans(375, 5)) == 24
+
+
+def test_buckets_are_few_and_never_a_third_empty():
+    sizes = {slot_bucket(n, multiple=1) for n in range(1, 300)}
+    assert len(sizes) < 20
+    assert all(n <= slot_bucket(n, multiple=1) <= max(n + 1, 1.5 * n) for n in range(1, 300))
+    assert slot_bucket(5, multiple=8) == 8

@@ -1,0 +1,165 @@
+"""The DiT and its adapter: recorded references, the director's zero start, LoRA's zero start, bf16."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from configs import demo
+from kavatar_jax.models import dit
+from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, slice_table
+from tools.reference import dit as reference
+from tools.reference.synthetic_weights import Fixture
+
+FIXTURES = ["dit_1b_small", "dit_14b_small", "wan_t2v_small", "wan_i2v_small", "wan_flf2v_small"]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_recorded_outputs(name):
+    fixture = Fixture(str(GOLDEN / name))
+    seen = set()
+    for output, value in reference.run(fixture):
+        fixture.check(output, value)
+        seen.add(output)
+    assert seen == set(fixture.meta["outputs"])
+
+
+def test_a_weight_that_is_off_by_one_percent_is_noticed(monkeypatch):
+    fixture = Fixture(str(GOLDEN / "wan_t2v_small"))
+    honest = reference.reference.synthesize_tensor
+
+    def corrupted(key, shape, tag):
+        return honest(key, shape, tag) * (1.01 if key == "blocks.1.self_attn.v.weight" else 1)
+
+    monkeypatch.setattr(reference.reference, "synthesize_tensor", corrupted)
+    with pytest.raises(AssertionError, match="exceeds"):
+        for output, value in reference.run(fixture):
+            fixture.check(output, value)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = demo.tiny().dit
+    params = dit.init(config, jax.random.key(0))
+    # audio keys and values start at zero; random ones let the tests hear something
+    cross = params["blocks"]["cross_attn"]
+    for i, name in enumerate(("k_audio", "v_audio")):
+        kernel = cross[name]["kernel"]
+        cross[name]["kernel"] = 0.1 * jax.random.normal(jax.random.key(i), kernel.shape)
+    return config, params
+
+
+def make_inputs(config, **fields):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    T, tokens = 3, 18
+    inputs = dit.Inputs(
+        latents=draw(2, T, 4, 6, config.out_channels),
+        timestep=jnp.array([900.0, 20.0]),
+        text=draw(2, config.text_length, config.text_width),
+        condition=draw(2, T, 4, 6, config.in_channels - config.out_channels),
+        image=draw(2, 257, config.image_width),
+        speech=draw(2, tokens, config.audio.speech_width),
+        slices=jnp.asarray(slice_table(tokens, 9))[None].repeat(2, axis=0),
+    )
+    return inputs._replace(**fields)
+
+
+def velocity(config, params, inputs, **collections):
+    return apply(config, {"params": params, **collections}, inputs).velocity
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, variables, inputs):
+    return dit.DiT(config).apply(variables, inputs)
+
+
+def test_an_untrained_director_changes_nothing(tiny):
+    config, params = tiny
+    directed = dataclasses.replace(config, director_width=20)
+    fresh = dit.init(directed, jax.random.key(1))
+    grown = jax.tree.map(lambda leaf: leaf, params)
+    grown["director"] = fresh["director"]
+    grown["blocks"]["cross_attn"]["director_gate"] = fresh["blocks"]["cross_attn"]["director_gate"]
+    hidden = jax.random.normal(jax.random.key(2), (2, 7, 20))
+    inputs = make_inputs(config)
+    plain = velocity(config, params, inputs)
+    np.testing.assert_array_equal(velocity(directed, grown, inputs._replace(director=hidden)), plain)
+    grown["blocks"]["cross_attn"]["director_gate"] += 0.5
+    assert np.abs(velocity(directed, grown, inputs._replace(director=hidden)) - plain).max() > 1e-4
+
+
+def test_speech_that_is_not_heard_does_not_matter(tiny):
+    config, params = tiny
+    inputs = make_inputs(config, heard=jnp.array([False, True]))
+    other = inputs._replace(speech=inputs.speech + 1)
+    one, two = velocity(config, params, inputs), velocity(config, params, other)
+    np.testing.assert_array_equal(one[0], two[0])
+    assert np.abs(one[1] - two[1]).max() > 1e-4
+
+
+def test_a_frame_hears_only_its_own_slice(tiny):
+    config, params = tiny
+    deaf = dataclasses.replace(config, layers=1)
+    first = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
+    inputs = make_inputs(config)
+    last = int(slice_table(18, 9)[0].max())
+    changed = inputs._replace(speech=inputs.speech.at[:, last + 1 :].add(1))
+    one, two = (apply(deaf, {"params": first}, told).last for told in (inputs, changed))
+    frame = 4 * 6 // 4
+    np.testing.assert_allclose(one[:, :frame], two[:, :frame], atol=1e-6)
+    assert np.abs(one[:, -frame:] - two[:, -frame:]).max() > 1e-4
+
+
+def test_absent_places_are_as_if_they_were_not_there(tiny):
+    config, params = tiny
+    inputs = make_inputs(config)
+    wider = jnp.pad(inputs.slices, ((0, 0), (0, 0), (0, 3)), constant_values=ABSENT)
+    silent = jnp.pad(inputs.slices, ((0, 0), (0, 0), (0, 3)), constant_values=SILENCE)
+    plain = velocity(config, params, inputs)
+    np.testing.assert_allclose(velocity(config, params, inputs._replace(slices=wider)), plain, atol=2e-6)
+    assert np.abs(velocity(config, params, inputs._replace(slices=silent)) - plain).max() > 1e-5
+
+
+def test_lora_starts_at_nothing_and_then_counts(tiny):
+    config, params = tiny
+    inputs = make_inputs(config)
+    kernel = params["blocks"]["self_attn"]["q"]["kernel"]
+    down = jax.random.normal(jax.random.key(3), (kernel.shape[0], kernel.shape[1], 2))
+    branch = {"down": down, "up": jnp.zeros((kernel.shape[0], 2, kernel.shape[2])), "scale": jnp.ones(kernel.shape[0])}
+    lora = {"blocks": {"self_attn": {"q": branch}}}
+    plain = velocity(config, params, inputs)
+    np.testing.assert_array_equal(velocity(config, params, inputs, lora=lora), plain)
+    branch["up"] = 0.1 * jax.random.normal(jax.random.key(4), branch["up"].shape)
+    merged = jax.tree.map(lambda leaf: leaf, params)
+    merged["blocks"]["self_attn"]["q"]["kernel"] = kernel + branch["down"] @ branch["up"]
+    np.testing.assert_allclose(velocity(config, params, inputs, lora=lora), velocity(config, merged, inputs), atol=2e-5)
+
+
+def test_bfloat16_stays_near_float32(tiny):
+    config, params = tiny
+    half = dataclasses.replace(config, dtype="bfloat16")
+    inputs = make_inputs(config)
+    exact, rounded = velocity(config, params, inputs), velocity(half, params, inputs)
+    assert rounded.dtype == jnp.float32
+    assert np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
+
+
+def test_gradients_reach_every_parameter(tiny):
+    config, params = tiny
+    inputs = make_inputs(config)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(velocity(config, p, inputs)))))(params)
+    # a constant added to every logit of a softmax row cancels
+    dead = [
+        jax.tree_util.keystr(path)
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.abs(grad).max() > 0 and "k_audio']['bias" not in jax.tree_util.keystr(path)
+    ]
+    assert dead == []
