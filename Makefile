@@ -8,7 +8,7 @@ REFERENCES ?= tests/golden
 
 demo: .venv/.ready
 	@mkdir -p out
-	$(RUN)/python -m kavatar_jax.demo out/demo.mp4
+	$(RUN)/kavatar generate --out out/demo.mp4 --instruction "First she smiles, then she nods. Slow zoom in."
 
 test: .venv/.ready
 	$(RUN)/python -m pytest -m "not slow and not torch"

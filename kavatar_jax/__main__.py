@@ -17,9 +17,9 @@ def kavatar():
 
 @app.command()
 def generate(
-    portrait: Annotated[Path, typer.Option(help="Picture of whoever talks: png, jpeg, webp, ...")],
-    speech: Annotated[Path, typer.Option(help="The speech: wav, mp3, flac, m4a, ...")],
     out: Annotated[Path, typer.Option(help="Where the video goes; FILE.json beside it tells how it was made.")],
+    portrait: Annotated[Path | None, typer.Option(help="Who talks: png, jpeg, webp, ...; without it a puppet.")] = None,
+    speech: Annotated[Path | None, typer.Option(help="wav, mp3, flac, m4a, ...; without it a synthetic voice.")] = None,
     instruction: Annotated[str, typer.Option(help="What happens, in words.")] = "",
     config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,

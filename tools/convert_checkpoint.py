@@ -95,7 +95,7 @@ def convert(
                 with replacing(destination / name) as partial:
                     shutil.copytree(path.parent, partial, dirs_exist_ok=True)
         console.print(f"{name:10} from {path}", soft_wrap=True)
-        _note_source(destination / "kavatar.json", name, path)
+        _note_source(destination / "kavatar.json", name, path.relative_to(source) if path.is_relative_to(source) else path)
 
 
 def find_files(source: Path, transformer: str, parts: list[str]) -> dict[str, Path]:
@@ -184,7 +184,7 @@ def _convert_network(name: str, network: Network, folder: Path, status) -> None:
 def _note_source(manifest: Path, name: str, path: Path) -> None:
     """Add to DST/kavatar.json which file a part was made from."""
     noted = _read_json(manifest).get("sources", {}) if manifest.is_file() else {}
-    text = json.dumps({"layout": "kavatar", "sources": noted | {name: path.name}}, indent=2)
+    text = json.dumps({"layout": "kavatar", "sources": noted | {name: path.as_posix()}}, indent=2)
     partial = manifest.with_name(f".{manifest.name}.partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(manifest)

@@ -24,9 +24,13 @@ from kavatar_jax.media.image import check_size, load_portrait
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import check_writable, write_video
 from kavatar_jax.parallel.mesh import make_mesh
-from kavatar_jax.types import Request, Storyline
+from kavatar_jax.puppets.identity import sample_identity
+from kavatar_jax.puppets.stage import render_portrait
+from kavatar_jax.puppets.voice import sample_voice, utter
+from kavatar_jax.types import Request, Speech, Storyline
 
 MODES = ("cascade", "single")
+PUPPET, PUPPET_SECONDS = 7, 10.0  # who talks, and how long, where no portrait and no speech are given
 UNTRAINED_SEED = 0  # of the networks that stand in where no weights are given
 
 
@@ -34,8 +38,8 @@ UNTRAINED_SEED = 0  # of the networks that stand in where no weights are given
 class Order:
     """The command line, as typed."""
 
-    portrait: Path
-    speech: Path
+    portrait: Path | None
+    speech: Path | None
     out: Path
     instruction: str
     config: str
@@ -55,13 +59,9 @@ def run(order: Order) -> None:
     console = Console(stderr=True)
     _keep_compiled_programs()
     config = read_order(order)
-    speech = load_speech(order.speech)
-    request = Request(
-        portrait=load_portrait(order.portrait, size=(config.width, config.height)),
-        speech=speech, instruction=order.instruction, seed=order.seed,
-    )  # fmt: skip
-    if is_silent(speech):
-        console.print(f"{order.speech.name} is silent: the mouth will stay closed")
+    request = read_request(order, config)
+    if is_silent(request.speech):
+        console.print(f"{order.speech} is silent: the mouth will stay closed")
     plan = read_plan(order, request)
     if order.storyline_out:
         write_storyline(plan, order.storyline_out)
@@ -71,7 +71,7 @@ def run(order: Order) -> None:
         weights, config = _open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
-        write_video(order.out, video.images, fps=video.fps, speech=speech, seconds=video.frames / video.fps)
+        write_video(order.out, video.images, fps=video.fps, speech=request.speech, seconds=video.frames / video.fps)
     sidecar = _describe(order, config, plan, display.seconds, video.frames, time.perf_counter() - started)
     _write_whole(sidecar_path(order.out), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
     console.print(f"{order.out}: {video.frames} frames, {video.frames / video.fps:.1f} s of video")
@@ -99,6 +99,20 @@ def read_order(order: Order) -> Config:
     if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
         raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
     return config
+
+
+def read_request(order: Order, config: Config) -> Request:
+    """Portrait and speech as given; without them a puppet and its synthetic voice."""
+    size = config.width, config.height
+    if order.portrait is None:
+        portrait = render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
+    else:
+        portrait = load_portrait(order.portrait, size=size)
+    if order.speech is None:
+        speech = Speech(samples=utter(sample_voice(PUPPET), PUPPET_SECONDS, seed=PUPPET).samples)
+    else:
+        speech = load_speech(order.speech)
+    return Request(portrait=portrait, speech=speech, instruction=order.instruction, seed=order.seed)
 
 
 def read_plan(order: Order, request: Request) -> Storyline:

@@ -192,7 +192,7 @@ class CrossAttention(nn.Module):
         B, T = k_BTAD.shape[:2]
         frames = 1 if self.clip_level else T
         q, k, v = (x.reshape(B, frames, -1, x.shape[-1]) for x in (q_BSD, k_BTAD, v_BTAD))
-        keys = context.audio_keys.reshape(B, frames, -1)
+        keys = None if context.audio_keys is None else context.audio_keys.reshape(B, frames, -1)
         return attend_per_frame(q, k, v, heads=self.config.heads, keys_BTP=keys).reshape(q_BSD.shape)
 
 
@@ -299,7 +299,7 @@ def init(config: DiTConfig, key) -> Params:
         slices=zeros(1, 1, 1, dtype=jnp.int32) if a else None,
         director=zeros(1, 1, c.director_width) if c.director_width is not None else None,
     )
-    return DiT(c).init(key, inputs)["params"]
+    return dict(DiT(c).init(key, inputs)["params"])
 
 
 def config_of(shapes: dict[str, tuple[int, ...]], released: dict) -> DiTConfig:

@@ -14,6 +14,7 @@ from kavatar_jax.puppets.state import Pose
 
 MOUTH_Y = 0.26  # below the middle of the face
 GAP = 0.27  # between the lips at mouth_open 1
+JAW = 0.6  # how much of the gap a beard follows down
 EYE_Y = -0.06
 INSIDE = (62, 14, 26)
 TONGUE = (206, 92, 92)
@@ -125,7 +126,7 @@ def _beard(head: Head):
     """Hair on the lower face, leaving the lips and a rim of skin around them free."""
     identity, front = head.identity, head.front
     x, y, px = front.x, front.y - np.float32(MOUTH_Y), head.px
-    drop = 0.6 * GAP * head.pose.mouth_open
+    drop = JAW * GAP * head.pose.mouth_open
     if identity.beard == "full beard":
         cheek = np.maximum(0.11 - 1.1 * np.maximum(np.abs(x) - 0.14, 0), -0.27)
         top = cheek + 0.008 * np.sin(60 * x) + drop * np.maximum(1 - (x / 0.25) ** 2, 0)

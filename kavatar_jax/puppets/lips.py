@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-from kavatar_jax.puppets.face import MOUTH_Y, paint_mouth
+from kavatar_jax.puppets.face import GAP, JAW, MOUTH_Y, paint_mouth
 from kavatar_jax.puppets.head import Surface
 from kavatar_jax.puppets.identity import Identity, sample_identity
 from kavatar_jax.puppets.shapes import Canvas
@@ -54,10 +54,14 @@ def read_lips(pictures: np.ndarray, rest: np.ndarray) -> np.ndarray:
     best, least = np.zeros((len(seen), 4)), np.full(len(seen), np.inf)
     zone = np.digitize(_BANK[:, 0], _ZONES)
     for i in range(len(_ZONES) + 1):
-        start = _BANK[np.where(zone == i, error, np.inf).argmin(1)]
-        shapes, errors = _refine(seen, start, lambda at: _blurred(_draw(skin, lips, at), blur[1])[:, drawn])
-        better = errors < least
-        best[better], least[better] = shapes[better], errors[better]
+        nearest = np.where(zone == i, error, np.inf)
+        worth = np.flatnonzero(nearest.min(1) < 3 * error.min(1) + 1e-4)
+        if len(worth) == 0:
+            continue
+        start = _BANK[nearest[worth].argmin(1)]
+        shapes, errors = _refine(seen[worth], start, lambda at: _blurred(_draw(skin, lips, at), blur[1])[:, drawn])
+        better = errors < least[worth]
+        best[worth[better]], least[worth[better]] = shapes[better], errors[better]
     return best
 
 
@@ -102,12 +106,23 @@ def _draw(skin: np.ndarray, look: Identity, shapes: np.ndarray) -> np.ndarray:
         column(state, name)[:] = values
     pose = Pose(state)
     one = np.ones((len(shapes), 1, 1), np.float32)
-    rgb = np.repeat(255 * skin.transpose(2, 0, 1)[:, None], len(shapes), 1)
+    rgb = 255 * np.moveaxis(_lowered(skin, pose.mouth_open), -1, 0)
     y = _Y[None, :, None] / (1 + 0.07 * pose.mouth_open * _Y[None, :, None] / TALL) - MOUTH_Y  # the jaw drops
     canvas = Canvas(rgb, one, 0 * one, 0 * one)
     part = Surface(slice(None), slice(None), one * _X, y + 0 * one, one / _STEP, one, one)
     paint_mouth(canvas, part, look, pose)
     return canvas.rgb.transpose(1, 2, 3, 0) / 255
+
+
+def _lowered(skin: np.ndarray, opening: np.ndarray) -> np.ndarray:
+    """(K, h, w, 3): the face as jaws open by (K, 1, 1) carry what grows below the lips down with them."""
+    fade = np.clip((0.58 - _Y) / 0.08, 0, 1)[:, None]
+    drop = JAW * GAP * opening * np.maximum(1 - (_X / 0.25) ** 2, 0) * fade * (_Y > MOUTH_Y)[:, None]
+    at = np.clip(np.arange(len(_Y))[:, None] - drop / _STEP, 0, len(_Y) - 1.001)
+    low = at.astype(np.int64)
+    part = (at - low)[..., None].astype(np.float32)
+    columns = np.arange(len(_X))
+    return skin[low, columns] * (1 - part) + skin[low + 1, columns] * part
 
 
 def _blurred(pictures: np.ndarray, blur: float) -> np.ndarray:

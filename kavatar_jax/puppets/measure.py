@@ -88,7 +88,7 @@ def _blink(video: np.ndarray, still: np.ndarray, tracks: Tracks) -> np.ndarray:
     openness = []
     for side in (-1, 1):
         eye = np.stack([x.ravel() + 0.2 * side, y.ravel() + EYE_Y])
-        cheek = np.stack([x.ravel() + 0.2 * side, 0.3 * y.ravel() + 0.1])
+        cheek = np.stack([x.ravel() + 0.2 * side, 0.7 * y.ravel() + 0.18])  # below any glasses
         contrasts = []
         for pictures, heads in ((video, tracks.head), (still[None], at_rest(1))):
             skin = np.median(_unwarp(pictures, heads, cheek), 1)
@@ -139,5 +139,5 @@ def _colours(video: np.ndarray, tracks: Tracks) -> dict[str, np.ndarray]:
 
 
 def _cheeks() -> np.ndarray:
-    x, y = np.meshgrid(np.arange(0.13, 0.3, 0.02), np.arange(0.09, 0.19, 0.02))
+    x, y = np.meshgrid(np.arange(0.13, 0.3, 0.02), np.arange(0.13, 0.2, 0.02))
     return np.concatenate([np.stack([side * x.ravel(), y.ravel()]) for side in (-1, 1)], 1)

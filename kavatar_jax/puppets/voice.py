@@ -167,12 +167,12 @@ def _resonators(centres: np.ndarray, widths: np.ndarray, *, unit_peak: bool = Fa
 
 
 def _filter(source: np.ndarray, sections: np.ndarray) -> np.ndarray:
-    """Pass a source through sections that change every step, keeping the filters' memory."""
+    """Pass a source through sections that change every two steps, keeping the filters' memory."""
     out = np.empty_like(source)
     memory = np.zeros((sections.shape[1], 2))
-    for i, sos in enumerate(sections):
-        part = slice(i * _STEP, (i + 1) * _STEP)
-        out[part], memory = signal.sosfilt(sos, source[part], zi=memory)
+    for i in range(0, len(sections), 2):
+        part = slice(i * _STEP, (i + 2) * _STEP)
+        out[part], memory = signal.sosfilt(sections[i], source[part], zi=memory)
     return out
 
 

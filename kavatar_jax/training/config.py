@@ -3,9 +3,9 @@
 Patterns are regular expressions that must match a whole parameter path, "dit/blocks/self_attn/q/kernel".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kavatar_jax.config import Config
+from kavatar_jax.config import Config, VAEConfig
 
 EVERYTHING = (r"dit/.*",)
 RELEASED = (r"dit/blocks/.*", r"dit/audio/.*")  # what StableAvatar's scripts train
@@ -167,8 +167,8 @@ class OptimizerConfig:
     """AdamW. schedule: after `warmup` steps "constant", or "cosine" down to `final` of the rate at the last step.
 
     clip: greatest norm of the gradient; at the start it is clip_start times as much, falling to it over clip_settle steps.
-    spike: a norm more than this many times the limit, after it has settled, is met with a limit that grows with it, up
-    to ten times (StableAvatar's rule, spike 5), 0 for never. decayed: parameters under weight decay
+    spike: a norm more than this many times the limit, after it has settled, is clipped to as many times less than the
+    limit, ten at most (StableAvatar's rule, with 5); 0 for never. decayed: parameters under weight decay
     accumulate: parts of the batch that are worked on one after the other; ema: decay of the averaged weights, 0 for none
     """
 
@@ -219,7 +219,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """every: steps between lines; bands: equal parts of [0, 1] by noise level; peak: FLOP/s of a device, 0 if by its name."""
+    """every: steps between lines; bands: equal parts of [0, 1] by noise level; peak: FLOP/s of a device, 0 if by name."""
 
     every: int = 10
     bands: int = 5
@@ -236,6 +236,10 @@ class SamplesConfig:
     shift: float = 5.0
     text_scale: float = 1.0
     audio_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.data.source == "prepared" or len(self.data.buckets) != 1:
+            raise ValueError("samples.data must have one bucket, and pixels: the source 'puppets' or 'clips'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +261,8 @@ class TrainConfig:
     seed: int = 0
     weights: str = ""
     fresh: tuple[str, ...] = ()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
     samples: SamplesConfig | None = None
@@ -273,6 +277,12 @@ class TrainConfig:
                 raise ValueError(
                     f"a batch of {bucket.batch} cannot be cut into optimizer.accumulate = {self.optimizer.accumulate} parts"
                 )
+
+
+def latent_size(frames: int, height: int, width: int, config: VAEConfig) -> tuple[int, int, int]:
+    """(T, h, w) of a clip's latents."""
+    side, stride = 2 ** len(config.temporal), 2 ** sum(config.temporal)
+    return (frames - 1) // stride + 1, height // side, width // side
 
 
 def _one_of(name, value, choices):

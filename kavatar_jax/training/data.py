@@ -4,7 +4,8 @@ Batch number n is a pure function of the config and n, on any number of processe
 one number, and a run that resumes, on whatever mesh, goes on with the very next batch.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -24,20 +25,23 @@ from kavatar_jax.training.sources import open_source
 class Clips(NamedTuple):
     """A batch of clips as they are recorded; a field that the model does not use is None.
 
-    video: (B, F, H, W, 3) uint8; reference: (B, H, W, 3) uint8 given as first frame; last: (B,) bool, last one given too
-    face, lip: (B, F, H, W) uint8, 255 inside; ids: (B, L) tokens; samples: (B, n) normalised; pixels: (B, S, S, 3) for the
-    image encoder; director: (B, L, D)
+    video: (B, F, H, W, 3) uint8; face, lip: (B, F, H, W) uint8, 255 inside
+    reference: (B, H, W, 3) uint8 given as first frame; last: (B,) bool, whether the last one is given too
+    ids: (B, L) tokens; samples: (B, n) normalised; pixels: (B, S, S, 3) for the image encoder; director: (B, L, D)
     """
 
     video: Any
-    reference: Any
-    last: Any
     face: Any
     lip: Any
-    ids: Any
-    samples: Any | None
-    pixels: Any | None
-    director: Any | None
+    reference: Any | None = None
+    last: Any | None = None
+    ids: Any | None = None
+    samples: Any | None = None
+    pixels: Any | None = None
+    director: Any | None = None
+
+
+Row = Callable[[dict[str, Any], bool, bool], Clips]
 
 
 class Loaded(NamedTuple):
@@ -52,7 +56,8 @@ class Loaded(NamedTuple):
 class Loader:
     """Batches from `position` on, without end."""
 
-    def __init__(self, config: DataConfig, model: Config, tokenizer: Tokenizer, mesh, *, position: int = 0):
+    def __init__(self, config: DataConfig, row: Row, fps: int, mesh, *, position: int = 0):
+        """row: of (record, portrait, last); fps: frames a second of the model."""
         self.position, self._config = position, config
         self._sharding = batch_sharding(mesh)
         for bucket in config.buckets:
@@ -61,7 +66,7 @@ class Loader:
                     f"a batch of {bucket.batch} does not spread over data x fsdp = {batch_slots(mesh)} places; "
                     f"use a multiple of it"
                 )
-        sources = [_Batches(config, bucket, model, tokenizer, self.rows(bucket)) for bucket in config.buckets]
+        sources = [_Batches(config, bucket, row, fps, self.rows(bucket)) for bucket in config.buckets]
         batches = [grain.MapDataset.source(source) for source in sources]
         mixed = grain.MapDataset.mix(batches, [bucket.weight for bucket in config.buckets])
         # what decodes and renders is mostly ffmpeg and numpy, which let other threads run
@@ -97,18 +102,30 @@ def place(tree, rows: np.ndarray, batch: int, sharding):
     return jax.tree.map(put, tree)
 
 
+class Records:
+    """A source in an order that has no end: record number `serial`, whatever was taken before."""
+
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        self._source = open_source(config, bucket, fps)
+        order = grain.MapDataset.range(len(self._source))
+        if not self._source.endless:
+            order = order.shuffle(seed=config.seed + config.buckets.index(bucket))  # anew each time round
+        self._order = order.repeat()
+
+    def take(self, serial: int, rng: np.random.Generator) -> dict[str, Any]:
+        return self._source.record(int(self._order[serial]), rng)
+
+
 class _Batches:
     """A source of batches: (number of the bucket, names, rows)."""
 
-    def __init__(self, config: DataConfig, bucket: Bucket, model: Config, tokenizer: Tokenizer, rows: np.ndarray):
-        self._config, self._bucket, self._model, self._tokenizer, self._rows = config, bucket, model, tokenizer, rows
+    def __init__(self, config: DataConfig, bucket: Bucket, row: Row, fps: int, rows: np.ndarray):
+        self._config, self._bucket, self._row, self._rows = config, bucket, row, rows
         self._number = config.buckets.index(bucket)
-        self._source = open_source(config, bucket, model.fps)
-        records = grain.MapDataset.range(len(self._source))
-        self._order = records if self._source.endless else records.shuffle(seed=config.seed + self._number).repeat()
+        self._records = Records(config, bucket, fps)
 
     def __len__(self) -> int:
-        return len(self._order) // self._bucket.batch
+        return sys.maxsize // self._bucket.batch
 
     def __getitem__(self, index: int):
         serials = index * self._bucket.batch + self._rows
@@ -118,33 +135,34 @@ class _Batches:
 
     def _compose(self, serial: int):
         rng = np.random.default_rng([self._config.seed, self._number, serial])
-        record = self._source[self._order[serial]]
-        config = self._config
+        config, record = self._config, self._records.take(serial, rng)
         portrait, last = bool(rng.random() < config.portrait), bool(rng.random() < config.first_last)
         if "views" in record:
             return record["name"], _prepared_row(record, portrait, last)
         if rng.random() < config.padding:
             record = pad(record, rng.uniform(0, config.padding_most, 4))
-        return record["name"], clip_row(record, self._model, self._tokenizer, portrait=portrait, last=last)
+        return record["name"], self._row(record, portrait, last)
 
 
-def clip_row(record: dict[str, Any], model: Config, tokenizer: Tokenizer, *, portrait: bool, last: bool) -> Clips:
+def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Config, tokenizer: Tokenizer) -> Clips:
     """One record as a row of Clips."""
     reference = record.get("portrait", record["video"][0]) if portrait else record["video"][0]
     pixels = None
     if model.dit.image_width is not None:
         pixels = clip.preprocess(reference[None].astype(np.float32) / 127.5 - 1, model.image)[0]
-    return Clips(
-        video=record["video"],
+    return footage_row(record, portrait, last)._replace(
         reference=reference,
         last=np.asarray(last),
-        face=_to_bytes(record["face"]),
-        lip=_to_bytes(record["lip"]),
         ids=tokenizer([record["prompt"]], model.dit.text_length)[0][0],
         samples=wav2vec2.normalise(record["samples"]) if model.dit.audio is not None else None,
         pixels=pixels,
         director=record.get("director") if model.dit.director_width is not None else None,
     )
+
+
+def footage_row(record: dict[str, Any], portrait: bool, last: bool) -> Clips:
+    """Only the pictures and their masks, which is all that the autoencoder learns from."""
+    return Clips(video=record["video"], face=_to_bytes(record["face"]), lip=_to_bytes(record["lip"]))
 
 
 def pad(record: dict[str, Any], sides: np.ndarray) -> dict[str, Any]:

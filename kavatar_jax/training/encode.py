@@ -1,4 +1,4 @@
-"""From clips as they are recorded to the Batch that the transformer's step takes; the networks that do not learn run here."""
+"""From recorded clips to the Batch that the transformer's step takes; the networks that do not learn run here."""
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: fro
         latents=latents,
         condition=condition,
         given=given_frames(clips.last, size[0]),
-        face=resize_masks(clips.face, size, masks),
-        lip=resize_masks(clips.lip, size, masks),
+        face=resize_masks(clips.face / 255, size, masks),
+        lip=resize_masks(clips.lip / 255, size, masks),
         text=text,
         image=image,
         speech=speech,
@@ -49,7 +49,7 @@ def to_signed(pixels):
 
 
 def show(clips: Clips):
-    """The clips as far as they are given, in [-1, 1]: reference first, the last frame for those that have it, grey between."""
+    """The clips as far as they are given, in [-1, 1]: the reference first, for some the last frame, grey between."""
     video = to_signed(clips.video)
     shown = jnp.zeros_like(video).at[:, 0].set(to_signed(clips.reference))
     last = jnp.where(clips.last[:, None, None, None], video[:, -1], 0)

@@ -16,7 +16,6 @@ from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.dit import DiT, Inputs
 from kavatar_jax.training import encoders
 from kavatar_jax.training.config import ObjectiveConfig
-from kavatar_jax.types import Params
 
 PIECES = (0.4, 0.5)  # where the random draw passes from both masks to the face's, and on to the lips'
 
@@ -84,7 +83,9 @@ def draw_sigmas(key, count: int, config: ObjectiveConfig):
     return time_shift((jnp.floor(u * TRAIN_STEPS).clip(0, TRAIN_STEPS - 1) + 1) / TRAIN_STEPS, config.shift)
 
 
-def losses(params, lora, batch: Batch, blank, draws: Draws, model: Config, config: ObjectiveConfig, *, clip_level: bool):
+def losses(
+    params, lora, batch: Batch, blank, draws: Draws, model: Config, config: ObjectiveConfig, *, clip_level: bool
+):
     """Per clip, each (B,): loss, sigma, and the unweighted error over the frame and over the lips.
 
     params, lora: by component; those of "text", "image" and "speech" only where these learn too
@@ -163,7 +164,9 @@ def resize_masks(masks_BFHW, size: tuple[int, int, int], kind: str):
     x = masks_BFHW.astype(jnp.float32)
     for axis, target in enumerate(size, start=1):
         time = axis == 1
-        matrix = linear_matrix(x.shape[axis], target) if kind == "released" else group_matrix(x.shape[axis], target, time)
+        matrix = (
+            linear_matrix(x.shape[axis], target) if kind == "released" else group_matrix(x.shape[axis], target, time)
+        )
         x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix), axes=(axis, 1)), -1, axis)
     return x
 

@@ -22,11 +22,7 @@ class Prepared:
 
     def __init__(self, config: DataConfig, bucket: Bucket):
         folder = Path(config.folder)
-        if not (folder / "about.json").is_file():
-            raise ValueError(f"{folder} has no about.json: nothing was prepared there, or preparing was cut short")
-        about = json.loads((folder / "about.json").read_text())
-        self.views = [tuple(view) for view in about["views"]]
-        self.learning = frozenset(about["learning"])
+        self.views = [tuple(view) for view in _read_about(folder)["views"]]
         self._folder = folder / folder_name(bucket)
         self._files = sorted(self._folder.glob("*.npz"))
         if not self._files:
@@ -39,10 +35,21 @@ class Prepared:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         with np.load(self._files[index]) as file:
             arrays = {name: file[name] for name in file.files}
         return {"name": f"{self._folder.name}/{self._files[index].stem}", "views": self.views, **arrays}
+
+
+def check_learning(config: DataConfig, live: frozenset[str]) -> None:
+    """ValueError unless the clips hold the raw input of the encoders that learn, and features of those that do not."""
+    prepared_for = _read_about(Path(config.folder))["learning"]
+    wanted = sorted(live & {"text", "image", "speech"})
+    if wanted != prepared_for:
+        raise ValueError(
+            f"{config.folder} was prepared for learning the encoders {prepared_for or 'none'}, and this run learns "
+            f"{wanted or 'none'}; prepare it again with this run's config"
+        )
 
 
 def folder_name(bucket: Bucket) -> str:
@@ -54,3 +61,9 @@ def views_of(config: DataConfig) -> list[tuple[bool, bool]]:
     portraits = [False] * (config.portrait < 1) + [True] * (config.portrait > 0)
     lasts = [False] * (config.first_last < 1) + [True] * (config.first_last > 0)
     return [(portrait, last) for portrait in portraits for last in lasts]
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    if not (folder / "about.json").is_file():
+        raise ValueError(f"{folder} has no about.json: nothing was prepared there, or preparing was cut short")
+    return json.loads((folder / "about.json").read_text())

@@ -26,13 +26,13 @@ MASK_FOLDERS = {"face": "face_masks", "lip": "lip_masks"}
 
 
 class Source(Protocol):
-    """Random access, as grain wants it. endless: indices are drawn in order and never again."""
+    """Records by number. endless: they are taken in order, and none twice."""
 
     endless: bool
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
 
 
 def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
@@ -65,13 +65,12 @@ class Puppets:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record = self._records[index]
-        samples = record["audio"]
         return {
             "name": f"puppet {self._records.config.seed}/{index}",
             "video": record["video"],
-            "samples": samples,
+            "samples": record["audio"],
             "face": record["face_mask"],
             "lip": record["lip_mask"],
             "prompt": record["prompt"],
@@ -104,14 +103,10 @@ class ClipFolders:
     def __len__(self) -> int:
         return len(self._folders)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.at(index, np.random.default_rng([self._config.seed, index]).random())
-
-    def at(self, index: int, place: float) -> dict[str, Any]:
-        """The clip with the stretch taken at `place` of all places there are, from 0 to 1."""
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         folder, bucket, fps = self._folders[index], self._bucket, self._fps
         frames = list(read_frames(folder / "sub_clip.mp4", fps=fps))
-        start = int(place * (max(0, len(frames) - bucket.frames) + 1))
+        start = int(rng.integers(max(0, len(frames) - bucket.frames) + 1))
         chosen = np.minimum(np.arange(start, start + bucket.frames), len(frames) - 1)
         size = (bucket.width, bucket.height)
         record = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tools.reference.synthetic_weights import Fixture
 FIXTURES = ("dit_", "wan_")
 
 
-def run(fixture: Fixture) -> Iterator[tuple[str, np.ndarray]]:
+def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     config = dit.config_of(dict(fixture.shapes()), fixture.meta["config"])
     abstract = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
     params = reference.load(fixture, dit.TORCH, abstract, unused=dit.UNUSED)
@@ -69,7 +70,7 @@ def _inputs(case: dict, arrays: dict, config) -> tuple[dit.Inputs, int]:
 
 
 def _output(name: str, outputs: dit.Outputs, inputs: dit.Inputs, frames: int, case: dict, model, params):
-    context = outputs.context
+    context: Any = outputs.context
     if name == "out":
         return np.moveaxis(outputs.velocity[:, :frames], -1, 1)
     if name == "block0":
@@ -79,7 +80,7 @@ def _output(name: str, outputs: dit.Outputs, inputs: dit.Inputs, frames: int, ca
     if name == "adapter":
         return context.audio[-1:] if case.get("guidance") else context.audio
     if name == "adapter_lengths":
-        return np.sum(np.asarray(inputs.slices[0]) != SILENCE, axis=-1)
+        return np.sum(np.asarray(inputs.slices)[0] != SILENCE, axis=-1)
     if name == "audio_proj":
         return _project(inputs.speech, params["audio"], model.config)
     return {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class TreeFile(Mapping):
         return len(self.shapes)
 
 
-def run(fixture: Fixture) -> Iterator[tuple[str, np.ndarray]]:
+def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     case, arrays = fixture.meta["cases"]["run"], fixture.inputs("run")
     config, params = _networks(fixture, case)
     texts = {"positive": arrays["positive_ids"], "negative": arrays["negative_ids"]}

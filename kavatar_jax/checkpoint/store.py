@@ -1,0 +1,57 @@
+"""Checkpoints of a training run: a tree of arrays and a small record beside it, by step.
+
+Written in the background under another name and renamed when whole; the newest few are kept. A tree is read back onto
+whatever mesh is asked for. Source: orbax.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+NAME = "state"
+
+
+class Store:
+    """The checkpoints in a folder. Leaving the `with` block waits for what is still being written."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        keep_newest = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(), preservation_policy=keep_newest, cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step there is, None if there is none."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    @property
+    def steps(self) -> list[int]:
+        return [found.step for found in self._checkpointer.checkpoints]
+
+    def save(self, step: int, tree: Any, record: dict) -> None:
+        """Returns once the arrays are copied, so that they may be given up; a step that is there is left alone.
+
+        record: what JSON can hold.
+        """
+        if step not in self.steps:
+            self._checkpointer.save_async(step, tree, checkpointable_name=NAME, force=True, custom_metadata=record)
+
+    def restore(self, abstract: Any, *, step: int | None = None) -> tuple[Any, dict]:
+        """The tree of a step, the latest if None, as `abstract` wants it (shape, dtype, sharding), and its record."""
+        step = self.latest if step is None else step
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {self._checkpointer.directory} to resume from")
+        tree = self._checkpointer.load(step, abstract, checkpointable_name=NAME)
+        return tree, dict(self._checkpointer.metadata(step).custom_metadata or {})
+
+    def wait(self) -> None:
+        self._checkpointer.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._checkpointer.close()

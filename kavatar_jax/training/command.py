@@ -1,0 +1,29 @@
+"""What `kavatar train` does: read the config, train, say where things are."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from kavatar_jax.config import load_config, set_fields
+from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.loop import train
+
+
+def run(*, config: str, out: Path, resume: bool = False, fields: tuple[str, ...] = ()) -> None:
+    """Train as the config says. ValueError, before any work where possible, for whatever the user can mend.
+
+    config: a name in configs/, NAME:VARIANT, or a file; out: where everything goes; resume: go on from the newest
+    checkpoint there, if there is one; fields: "optimizer.learning_rate=1e-4", ...
+    """
+    wanted = set_fields(load_config(config), list(fields))
+    if not isinstance(wanted, TrainConfig):
+        raise ValueError(f"--config {config} describes no training run; give one of configs/train_*.py")
+    out.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(wanted), indent=2) + "\n")
+    done = train(wanted, out, resume=resume)
+    if done == wanted.steps and jax.process_index() == 0:
+        Console(stderr=True).print(f"{done} steps done; the weights are in {out / 'weights'}", highlight=False)

@@ -1,0 +1,77 @@
+"""AdamW with warm-up and a clipped gradient norm, as an optax transformation."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kavatar_jax.training.config import OptimizerConfig
+
+MOST = 10  # times the limit that a spike can raise it to
+
+
+class ClipState(NamedTuple):
+    """count: steps done."""
+
+    count: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    def decayed(params):
+        def matches(path, _):
+            name = "/".join(str(key.key) for key in path[1:])
+            return any(re.fullmatch(pattern, name) for pattern in config.decayed)
+
+        return jax.tree_util.tree_map_with_path(matches, params)
+
+    adam = optax.adamw(
+        learning_rate(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+    )
+    return optax.chain(clip_gradients(config), adam)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine that ends with the run."""
+    peak = config.learning_rate
+    if config.schedule == "constant":
+        later = optax.constant_schedule(peak)
+    else:
+        later = optax.cosine_decay_schedule(peak, max(1, steps - config.warmup), config.final)
+    if not config.warmup:
+        return later
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup), later], [config.warmup])
+
+
+def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Scale gradients down to `norm_limit`."""
+
+    def init(params):
+        return ClipState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        norm = optax.global_norm(updates)
+        limit = norm_limit(norm, state.count, config)
+        scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
+        return jax.tree.map(lambda g: g * scale, updates), ClipState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def norm_limit(norm, step, config: OptimizerConfig):
+    """The greatest norm allowed at a step: falling from clip_start * clip, and after that lowered by a spike's size.
+
+    StableAvatar, train_1B_square.py: a norm more than `spike` times the limit is met with limit / min(times, 10).
+    """
+    progress = jnp.clip(step / config.clip_settle, 0, 1) if config.clip_settle else 1.0
+    limit = config.clip * (config.clip_start + (1 - config.clip_start) * progress)
+    if not config.spike:
+        return jnp.asarray(limit, jnp.float32)
+    times = norm / limit
+    return jnp.where((times > config.spike) & (step > config.clip_settle), limit / jnp.minimum(times, MOST), limit)

@@ -1,0 +1,187 @@
+"""What a run carries from step to step, and how it begins: which parameters learn, from where they start, where they live.
+
+Parameters are {"params": {component: ...}, "lora": {component: ...}}, cut in two by path: the part that learns, kept in
+float32 whatever the model stores, and the frozen part.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kavatar_jax.checkpoint.bridge import flatten, unflatten
+from kavatar_jax.checkpoint.weights import load_component
+from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.parallel.sharding import partition, replicated
+from kavatar_jax.training.config import LoRAConfig, OptimizerConfig, TrainConfig, TrainedConfig
+from kavatar_jax.training.optimizer import make_optimizer
+from kavatar_jax.types import Params
+
+
+class TrainState(NamedTuple):
+    """step: optimiser steps done; healthy: False once a step was not finite, after which nothing changes any more
+
+    trained: masters, float32; optimizer: optax's state; ema: averages of `trained`, None if none are kept
+    """
+
+    step: jax.Array
+    healthy: jax.Array
+    trained: Params
+    optimizer: optax.OptState
+    ema: Params | None
+
+
+def learning(config: TrainConfig) -> frozenset[str]:
+    """The components of which something learns."""
+    names = set()
+    for component in COMPONENTS:
+        paths = flatten({component: abstract(component, getattr(config.model, component))})
+        lora = config.trained.lora
+        if any(_learns(path, config.trained) or (lora and _matches(path, lora.patterns)) for path in paths):
+            names.add(component)
+    return frozenset(names)
+
+
+def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState, Params, TrainState]:
+    """The state at step 0, the frozen parameters, and the state's shardings.
+
+    components: the networks that the task needs. ValueError if nothing learns, or if the weights do not fit.
+    """
+    params, axes = {}, {}
+    for number, name in enumerate(components):
+        part = getattr(config.model, name)
+        model = COMPONENTS[name].model
+        rows = {rf"{name}/{row}": value for row, value in model.AXES.items()}
+        axes |= {f"params/{row}": value for row, value in rows.items()}
+        places = partition({name: abstract(name, part)}, rows, mesh)[name]
+        params[name] = _materialise(config, name, number, places)
+    lora = {}
+    if config.trained.lora is not None:
+        linears = find_linears(params, config.trained.lora, axes)
+        axes |= lora_axes(linears)
+        shapes = jax.eval_shape(lambda: draw_lora(params, linears, config.trained.lora, config.seed))
+        places = partition({"lora": shapes}, axes, mesh)["lora"]
+        lora = jax.jit(lambda: draw_lora(params, linears, config.trained.lora, config.seed), out_shardings=places)()
+    trained, frozen = split({"params": params, "lora": lora}, config.trained)
+    if not trained:
+        raise ValueError(f"trained.patterns {config.trained.patterns} match no parameter, and there is no LoRA")
+    places = partition(trained, axes, mesh)
+    trained = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree), out_shardings=places)(trained)
+    state, shardings = _fresh_state(trained, places, config.optimizer, config.steps, mesh)
+    return state, frozen, shardings
+
+
+def split(tree: Params, config: TrainedConfig) -> tuple[Params, Params]:
+    """What learns and what is frozen; of a LoRA branch everything but its scale learns."""
+    learns, frozen = {}, {}
+    for path, leaf in flatten(tree).items():
+        kind, _, rest = path.partition("/")
+        chosen = not rest.endswith("/scale") if kind == "lora" else _learns(rest, config)
+        (learns if chosen else frozen)[path] = leaf
+    return unflatten(learns), unflatten(frozen)
+
+
+def join(trained: Params, frozen: Params) -> Params:
+    """{"params": ..., "lora": ...} made whole again."""
+    whole = unflatten(flatten(trained) | flatten(frozen))
+    return {"params": whole.get("params", {}), "lora": whole.get("lora", {})}
+
+
+def find_linears(params: Params, config: LoRAConfig, axes: dict) -> dict[str, tuple]:
+    """The linears that get a branch, component/path -> logical axes of the kernel; "layers" first where it is stacked."""
+    found = {}
+    for path, kernel in flatten(params).items():
+        logical = next(axes[row] for row in axes if re.fullmatch(row, f"params/{path}"))
+        is_linear = path.endswith("/kernel") and kernel.ndim - (logical[0] == "layers") == 2
+        if is_linear and _matches(path, config.patterns):
+            found[path.removesuffix("/kernel")] = logical
+    if not found:
+        raise ValueError(f"trained.lora.patterns {config.patterns} match no linear")
+    return found
+
+
+def lora_axes(linears: dict[str, tuple]) -> dict[str, tuple]:
+    axes = {}
+    for path, (*layers, inputs, outputs) in linears.items():
+        row = re.escape(f"lora/{path}")
+        axes |= {rf"{row}/down": (*layers, inputs, None), rf"{row}/up": (*layers, None, outputs)}
+        axes[rf"{row}/scale"] = tuple(layers)
+    return axes
+
+
+def draw_lora(params: Params, linears: dict[str, tuple], config: LoRAConfig, seed: int) -> Params:
+    """Fresh branches; up is zero, so nothing changes at first. Only the shapes of `params` are used."""
+    flat, lora = flatten(params), {}
+    for number, path in enumerate(linears):
+        *layers, inputs, outputs = flat[f"{path}/kernel"].shape
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        bound = inputs**-0.5  # Kaiming's uniform with a = sqrt(5), torch's own for a linear
+        down = jax.random.uniform(key, (*layers, inputs, config.rank), minval=-bound, maxval=bound)
+        lora[f"{path}/down"], lora[f"{path}/up"] = down, jnp.zeros((*layers, config.rank, outputs))
+        lora[f"{path}/scale"] = jnp.full(layers, config.scale)
+    return unflatten(lora)
+
+
+def fold_lora(params: Params, lora: Params) -> Params:
+    """Parameters of one component with the branches added into their kernels."""
+    flat, branches = dict(flatten(params)), flatten(lora)
+    for path in [path for path in branches if path.endswith("/down")]:
+        where = path.removesuffix("/down")
+        down, up, scale = (branches[f"{where}/{name}"] for name in ("down", "up", "scale"))
+        kernel = flat[f"{where}/kernel"]
+        flat[f"{where}/kernel"] = (kernel + (down @ up) * scale[..., None, None]).astype(kernel.dtype)
+    return unflatten(flat)
+
+
+def abstract_state(state: TrainState, shardings: TrainState) -> Any:
+    """Shapes, dtypes and places: what a checkpoint is restored as."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings)
+
+
+def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps: int, mesh):
+    optimizer, whole = make_optimizer(config, steps), replicated(mesh)
+    empty = jax.eval_shape(optimizer.init, trained)
+    slots = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, place: place, empty, places, transform_non_params=lambda _: whole
+    )
+    shardings = TrainState(whole, whole, places, slots, places if config.ema else None)
+
+    def fresh(trained):
+        ema = jax.tree.map(jnp.copy, trained) if config.ema else None
+        return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), trained, optimizer.init(trained), ema)
+
+    return jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(trained), shardings
+
+
+def _materialise(config: TrainConfig, name: str, number: int, places: Params) -> Params:
+    """One network's parameters on the mesh: from the weights directory, what it lacks on purpose drawn anew."""
+    part, wanted = getattr(config.model, name), flatten(abstract(name, getattr(config.model, name)))
+    anew = [path for path in wanted if not config.weights or _matches(f"{name}/{path}", config.fresh)]
+    flat, flat_places = {}, flatten(places)
+    if len(anew) < len(wanted):
+        stored = unflatten({path: leaf for path, leaf in wanted.items() if path not in anew})
+        stored_places = unflatten({path: place for path, place in flat_places.items() if path not in anew})
+        flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places))
+    if anew:
+        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        draw = jax.jit(
+            lambda key: _pick(COMPONENTS[name].model.init(part, key), anew), out_shardings=_pick(places, anew)
+        )
+        flat |= flatten(draw(key))
+    return unflatten({path: flat[path] for path in wanted})
+
+
+def _pick(tree: Params, paths: list[str]) -> Params:
+    flat = flatten(tree)
+    return unflatten({path: flat[path] for path in paths})
+
+
+def _learns(path: str, config: TrainedConfig) -> bool:
+    return _matches(path, config.patterns) and not _matches(path, config.frozen)
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)

@@ -1,0 +1,164 @@
+"""What can be learnt: the networks each task needs, its batches, its loss and how a sample of it is made."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import numpy as np
+
+from kavatar_jax.config import Config
+from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
+from kavatar_jax.models import wav2vec2
+from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.sharding import batch_sharding, replicated
+from kavatar_jax.training import encoders, flops, objective, reconstruction, sampling
+from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
+from kavatar_jax.training.data import Clips, Loaded, Row, clip_row, footage_row
+from kavatar_jax.training.encode import encode
+from kavatar_jax.training.prepared import check_learning
+from kavatar_jax.training.state import join, learning
+from kavatar_jax.training.step import Losses
+from kavatar_jax.types import SAMPLE_RATE, Params
+
+MEASURED_BATCHES = 16
+
+
+class Work(NamedTuple):
+    """Of one clip. tokens: what the transformer sees of it; flops: of training on it, 0 where that is not counted."""
+
+    tokens: int
+    flops: float
+
+
+class Task(NamedTuple):
+    """components: networks to load; row: from a record to its row of a batch; learning: components of which some learns
+
+    prepare: (frozen parameters) -> what the step is given beside the state; encode: (that, Clips) -> batch
+    draw, losses: as `make_step` wants them; perform: (parameters, that, batch, clips) -> frames (B, F, H, W, 3) uint8
+    work: (bucket, share of weights that learns) -> of one clip; settle: (parameters, batches) -> the model as it is now
+    """
+
+    components: list[str]
+    learning: frozenset[str]
+    row: Row
+    prepare: Callable[[Params], Params]
+    encode: Callable[[Params, Any], Any]
+    draw: Callable
+    losses: Losses
+    perform: Callable[[Params, Params, Any, Clips], jax.Array]
+    work: Callable[[Bucket, float], Work]
+    settle: Callable[[Params, Iterator[Loaded]], Config]
+
+
+def open_task(config: TrainConfig, mesh) -> Task:
+    return (vae_task if config.task == "vae" else dit_task)(config, mesh)
+
+
+def dit_task(config: TrainConfig, mesh) -> Task:
+    """The transformer, and with it whichever encoders `trained` names."""
+    model, goal, live = config.model, config.objective, learning(config)
+    tokenizer = open_tokenizer(config)
+    if "vae" in live:
+        raise ValueError("the autoencoder does not learn in the task 'dit'; train it first, with task = 'vae'")
+    prepared = config.data.source == "prepared"
+    if prepared:
+        check_learning(config.data, live)
+    needed = {"dit": True, "vae": not prepared or config.samples is not None, "text": True}
+    needed |= {"image": model.dit.image_width is not None, "speech": model.dit.audio is not None}
+    encodes = not prepared or config.samples is not None
+    components = [name for name, used in needed.items() if used and (encodes or name in live | {"dit", "text"})]
+
+    def prepare(frozen: Params) -> Params:
+        blank, _ = tokenizer([""], model.dit.text_length)
+        if "text" not in live:
+            blank = jax.jit(lambda p: encoders.read(p, blank, model.text))(frozen["params"]["text"])
+        return {"weights": frozen, "blank": jax.device_put(blank, replicated(mesh))}
+
+    def to_batch(params: Params, clips: Clips):
+        return encode(params, clips, model, masks=goal.masks, live=live)
+
+    programs = len(config.data.buckets) + 1  # and the samples'
+    to_batch = jax.jit(chex.assert_max_traces(to_batch, n=programs), out_shardings=batch_sharding(mesh))
+
+    def losses(trained, frozen, batch, draws, clip_level):
+        whole = join(trained, frozen["weights"])
+        return objective.losses(
+            whole["params"], whole["lora"], batch, frozen["blank"], draws, model, goal, clip_level=clip_level
+        )
+
+    def work(bucket: Bucket, share: float) -> Work:
+        grid = latent_size(bucket.frames, bucket.height, bucket.width, model.vae)
+        spoken = wav2vec2.token_count(round(bucket.frames * SAMPLE_RATE / model.fps), model.speech)
+        seen = 1 + (model.image.image_size // model.image.patch) ** 2
+        once = flops.forward(model.dit, grid, image_tokens=seen, speech_tokens=spoken)
+        return Work(flops.video_tokens(model.dit, grid), flops.train(once, share))
+
+    return Task(
+        components=components,
+        learning=live,
+        row=functools.partial(clip_row, model=model, tokenizer=tokenizer),
+        prepare=prepare,
+        encode=lambda frozen, clips: (
+            to_batch(frozen["weights"]["params"], clips) if isinstance(clips, Clips) else clips
+        ),
+        draw=lambda key, batch: objective.draw(key, batch, goal),
+        losses=losses,
+        perform=sampling.make_perform(config, mesh) if config.samples else _nothing_to_see,
+        work=work,
+        settle=lambda whole, batches: model,
+    )
+
+
+def vae_task(config: TrainConfig, mesh) -> Task:
+    """The autoencoder, on pictures alone."""
+    model = config.model.vae
+    if learning(config) != {"vae"}:
+        raise ValueError(f"the task 'vae' trains the autoencoder alone; trained.patterns is {config.trained.patterns}")
+
+    def losses(trained, frozen, clips, normal, clip_level):
+        params = join(trained, frozen["weights"])["params"]["vae"]
+        return reconstruction.losses(params, clips, normal, model, config.reconstruction)
+
+    show = jax.jit(
+        lambda params, video: reconstruction.reconstruct(params, video, model), out_shardings=replicated(mesh)
+    )
+    return Task(
+        components=["vae"],
+        learning=frozenset({"vae"}),
+        row=footage_row,
+        prepare=lambda frozen: {"weights": frozen},
+        encode=lambda frozen, clips: clips,
+        draw=lambda key, clips: reconstruction.draw(key, clips, model),
+        losses=losses,
+        perform=lambda whole, frozen, batch, clips: show(whole["params"]["vae"], clips.video),
+        work=lambda bucket, share: Work(math.prod(latent_size(bucket.frames, bucket.height, bucket.width, model)), 0.0),
+        settle=lambda whole, batches: measure_latents(config.model, whole["params"]["vae"], batches),
+    )
+
+
+def measure_latents(model: Config, params: Params, batches: Iterator[Loaded]) -> Config:
+    """The model with the mean and deviation of its latents over some clips, by which they are normalised from now on."""
+    measure = jax.jit(
+        functools.partial(reconstruction.latent_moments, model=model.vae), out_shardings=replicated(current())
+    )
+    moments = [jax.device_get(measure(params, next(batches).clips.video)) for _ in range(MEASURED_BATCHES)]
+    mean, square = np.mean(np.array(moments, np.float64), axis=0)
+    std = np.sqrt(square - np.square(mean))
+    measured = dataclasses.replace(
+        model.vae, latent_mean=tuple(map(float, mean.round(4))), latent_std=tuple(map(float, std.round(4)))
+    )
+    return dataclasses.replace(model, vae=measured)
+
+
+def open_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The weights directory's, or plain bytes where training starts afresh."""
+    return load_tokenizer(Path(config.weights) / "tokenizer") if config.weights else ByteTokenizer()
+
+
+def _nothing_to_see(*_):
+    raise AssertionError("the config asks for no samples")
