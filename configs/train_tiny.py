@@ -24,7 +24,7 @@ from kavatar_jax.training.config import (
 
 def config() -> TrainConfig:
     """Everything in the transformer, and the text encoder with it."""
-    data = DataConfig(source="puppets", buckets=(Bucket(width=32, height=32, frames=9, batch=4),), first_last=0.3)
+    data = DataConfig(source="puppets", buckets=(Bucket(width=32, height=32, frames=9, batch=8),), first_last=0.3)
     return TrainConfig(
         name="train_tiny",
         model=model(),
@@ -74,9 +74,9 @@ def vae() -> TrainConfig:
 
 def model() -> Config:
     base = demo.tiny()
-    dit = replace(base.dit, width=24, heads=1, layers=2, mlp=32, text_width=16, text_length=16, time_width=16,
+    dit = replace(base.dit, width=24, heads=2, layers=2, mlp=32, text_width=16, text_length=16, time_width=16,
                   image_width=None, director_width=12, remat="none",
-                  audio=replace(base.dit.audio, speech_width=16, projection=(24,), heads=1, mlp=32, layers=1))  # fmt: skip
+                  audio=replace(base.dit.audio, speech_width=16, projection=(24,), heads=2, mlp=32, layers=1))  # fmt: skip
     return replace(
         base,
         name="tiny",

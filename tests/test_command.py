@@ -130,8 +130,8 @@ def test_help_needs_no_jax():
 
 
 def test_every_config_can_be_built():
-    names = ("demo", "demo:tiny", "stableavatar", *(f"stableavatar:{v}" for v in ("landscape", "portrait", "released", "fourteen_b")))
-    for name in names:
+    variants = [f"stableavatar:{variant}" for variant in ("landscape", "portrait", "released", "fourteen_b")]
+    for name in ["demo", "demo:tiny", "stableavatar", *variants]:
         assert load_config(name).name == name
 
 

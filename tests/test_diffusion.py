@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion import guidance, solver
 from kavatar_jax.diffusion.flow import add_noise, predicted_clean, sampling_sigmas, target_velocity, time_shift
 from kavatar_jax.diffusion.solver import euler
 from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp, slot_bucket
-from tools.reference import sampler, tables
+from tools.reference import sampler, solvers, tables
 from tools.reference.synthetic_weights import Fixture
 
 
-@pytest.mark.parametrize("module, name", [(tables, "tables"), (sampler, "sampler")])
+@pytest.mark.parametrize("module, name", [(tables, "tables"), (sampler, "sampler"), (solvers, "solvers")])
 def test_recorded_outputs(module, name):
     fixture = Fixture(str(GOLDEN / name))
     seen = set()
@@ -39,23 +39,37 @@ def test_euler_is_exact_on_straight_paths():
     np.testing.assert_allclose(predicted_clean(state, target_velocity(x, noise), 0.8), x, atol=1e-6)
 
 
-def test_euler_converges_to_the_gaussian_it_flows_to():
-    """For data N(m, s^2) the marginal velocity is known, and noise z ends at m + s z."""
-    m, s, z = 1.5, 0.3, jnp.linspace(-2, 2, 9)
+def gaussian_velocity(x, sigma, mean=1.5, deviation=0.3):
+    """The marginal velocity of a flow to N(mean, deviation^2), under which noise z ends at mean + deviation z."""
+    variance = (1 - sigma) ** 2 * deviation**2 + sigma**2
+    slope = (sigma - (1 - sigma) * deviation**2) / variance
+    return -mean + slope * (x - (1 - sigma) * mean)
 
-    def velocity(x, sigma):
-        variance = (1 - sigma) ** 2 * s**2 + sigma**2
-        slope = (sigma - (1 - sigma) * s**2) / variance
-        return -m + slope * (x - (1 - sigma) * m)
 
-    errors = []
-    for steps in (50, 200):
-        x = z
-        sigmas = sampling_sigmas(steps, 1.0, double_shift=False)
+def solve(plan, z):
+    history = solver.begin(z)
+    for i in range(len(plan.timesteps)):
+        sigma = plan.sigmas[i]
+        history = solver.advance(history, gaussian_velocity(history.x, sigma), sigma, plan.correct[i], plan.predict[i])
+    return history.x
+
+
+def test_solvers_converge_to_the_gaussian_they_flow_to():
+    z = jnp.linspace(-2, 2, 9)
+    wanted = 1.5 + 0.3 * z
+
+    def euler_error(steps):
+        x, sigmas = z, sampling_sigmas(steps, 1.0, double_shift=False)
         for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = euler(x, velocity(x, sigma), sigma, below)
-        errors.append(float(jnp.abs(x - (m + s * z)).max()))
-    assert errors[1] < 0.02 and errors[1] < errors[0] / 2.5
+            x = euler(x, gaussian_velocity(x, sigma), sigma, below)
+        return float(jnp.abs(x - wanted).max())
+
+    def error(make, steps):
+        return float(jnp.abs(solve(make(steps, 1.0), z) - wanted).max())
+
+    assert euler_error(200) < 0.02 and euler_error(200) < euler_error(50) / 2.5
+    for make in (solver.unipc, solver.dpm_solver):
+        assert error(make, 20) < euler_error(50) and error(make, 20) < 0.02
 
 
 def test_three_branches_combine_as_released():

@@ -7,31 +7,22 @@ from functools import partial
 import jax
 import pytest
 
+from configs import demo, stableavatar
 from kavatar_jax.checkpoint import bridge
-from kavatar_jax.config import CLIPConfig, UMT5Config, Wav2Vec2Config
-from kavatar_jax.models import clip, umt5, wav2vec2
+from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.parallel.sharding import RULES
 
-UMT5 = UMT5Config(vocabulary=50, width=16, heads=2, head_width=8, mlp=24, layers=2)
-CLIP = CLIPConfig(width=16, heads=2, layers=2, mlp=24, image_size=28, patch=14, embedding=6)
-WAV2VEC2 = Wav2Vec2Config(
-    width=16,
-    heads=2,
-    layers=2,
-    mlp=24,
-    conv_widths=(8,) * 7,
-    conv_kernels=(10, 3, 3, 3, 3, 2, 2),
-    conv_strides=(5, 2, 2, 2, 2, 2, 2),
-    position_kernel=4,
-    position_groups=2,
-    stable=False,
-    conv_bias=False,
-)
-MODELS = {  # module, and configs that between them use every row
-    "umt5": (umt5, [UMT5]),
-    "clip": (clip, [CLIP]),
-    "wav2vec2": (wav2vec2, [WAV2VEC2, replace(WAV2VEC2, stable=True, conv_bias=True)]),
+TINY = demo.tiny()
+PLAIN = replace(TINY.dit, audio=None, image_width=None, in_channels=16)
+TWO_LINEARS = replace(TINY.dit, audio=replace(stableavatar.fourteen_b().dit.audio, projection=(40, 48), mlp=64))
+CONFIGS = {  # between them these use every row
+    "dit": [TINY.dit, PLAIN, TWO_LINEARS, replace(TINY.dit, audio=None, image_positions=514)],
+    "vae": [TINY.vae, replace(TINY.vae, multipliers=(2, 6, 10, 14), temporal=(True, True, True))],
+    "text": [TINY.text],
+    "image": [TINY.image],
+    "speech": [TINY.speech, replace(TINY.speech, stable=True, conv_bias=True)],
 }
+MODELS = {name: (COMPONENTS[name].model, configs) for name, configs in CONFIGS.items()}
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -53,7 +44,21 @@ def test_axes(model):
             assert len(axes) == leaf.ndim, f"{path} has shape {leaf.shape} and axes {axes}"
             assert set(axes) <= set(RULES), f"{path} has axes that RULES does not know: {axes}"
             used.update(rows)
+    if module is COMPONENTS["dit"].model:  # the director's projection, which no released checkpoint holds
+        used.update(row for row in module.AXES if "director" in row)
     assert used == set(module.AXES)
+
+
+def test_the_director_has_axes_and_no_reference():
+    dit = COMPONENTS["dit"].model
+    abstract = jax.eval_shape(partial(dit.init, replace(TINY.dit, director_width=20)), jax.random.key(0))
+    flat = {path: leaf for path, leaf in bridge.flatten(abstract).items() if "director" in path}
+    assert len(flat) == 9
+    for path, leaf in flat.items():
+        rows = [row for row in dit.AXES if re.fullmatch(row, path)]
+        assert len(rows) == 1 and len(dit.AXES[rows[0]]) == leaf.ndim
+    with pytest.raises(ValueError, match="director"):
+        bridge.placements(bridge.reference_shapes(dit.TORCH, abstract), dit.TORCH, abstract)
 
 
 def test_torch(model):

@@ -9,6 +9,7 @@ and keep their dtype. A part bears its name in DST only once it is whole.
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from kavatar_jax.checkpoint.files import Tensors
 from kavatar_jax.checkpoint.weights import convert_component, replacing, stored_dtypes
 from kavatar_jax.config import load_config
 from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.types import Params
 
 BASE = "Wan2.1-Fun-V1.1-1.3B-InP"
 SPEECH = "wav2vec2-base-960h"
@@ -43,6 +45,7 @@ class Network(NamedTuple):
     path: Path
     tensors: Tensors
     config: Any
+    wanted: Params
 
 
 def main() -> int:
@@ -95,11 +98,15 @@ def convert(
                 with replacing(destination / name) as partial:
                     shutil.copytree(path.parent, partial, dirs_exist_ok=True)
         console.print(f"{name:10} from {path}", soft_wrap=True)
-        _note_source(destination / "kavatar.json", name, path.relative_to(source) if path.is_relative_to(source) else path)
+        _note_source(destination / "kavatar.json", name, os.path.relpath(path, source))
 
 
 def find_files(source: Path, transformer: str, parts: list[str]) -> dict[str, Path]:
     """Where each part lies in a released tree; ValueError lists all that are not there."""
+    if not source.is_dir():
+        raise ValueError(f"there is no folder {source}")
+    if transformer not in TRANSFORMERS and "dit" in parts and not Path(transformer).is_file():
+        raise ValueError(f"--transformer {transformer} is neither a file nor {' or '.join(TRANSFORMERS)}")
     found, missing = {}, []
     for name in parts:
         candidates = [source / path for path in FILES[name]]
@@ -131,42 +138,48 @@ def _open_network(name: str, path: Path, source: Path, image_heads: int | None) 
     tensors = Tensors(path)
     try:
         config = model.config_of(tensors.shapes, released)
-        _check_conditions(name, config)
-        dtypes = set(stored_dtypes(tensors, model.TORCH, abstract(name, config), unused=model.UNUSED).values())
+        _check_heads_and_kind(name, config)
+        wanted = abstract(name, config)
+        dtypes = set(stored_dtypes(tensors, model.TORCH, wanted, unused=model.UNUSED).values())
+    except (TypeError, ArithmeticError) as error:  # from shapes traced through the network
+        said = ValueError(f"its sizes contradict each other: {str(error).splitlines()[0]}")
+        raise ValueError(f"{path} does not hold {role}: {_amiss(name, tensors, said)}") from None
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not hold {role}: {_amiss(name, tensors, error) or error}") from None
+        raise ValueError(f"{path} does not hold {role}: {_amiss(name, tensors, error)}") from None
     dtype = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
-    return Network(path, tensors, dataclasses.replace(config, param_dtype=dtype))
+    return Network(path, tensors, dataclasses.replace(config, param_dtype=dtype), wanted)
 
 
-def _check_conditions(name: str, config: Any) -> None:
-    """What no shape can show: whether heads divide the width; and whether a transformer is of this kind at all."""
-    if name in ("dit", "image", "speech") and not (type(config.heads) is int and 0 < config.heads <= config.width):
-        raise ValueError(f"{config.heads!r} heads")
-    if name in ("dit", "image", "speech") and config.width % config.heads:
-        raise ValueError(f"{config.heads} heads do not divide its width {config.width}")
+def _check_heads_and_kind(name: str, config: Any) -> None:
+    heads, width = config.heads if name in ("dit", "image", "speech") else 1, config.width
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise ValueError(f"a number of heads of {heads!r} does not divide its width {width}")
     if name == "dit" and (config.audio is None or config.image_width is None):
         raise ValueError("it does not listen to speech or does not see a portrait: it is another Wan model")
 
 
-def _amiss(name: str, tensors: Tensors, error: Exception) -> Exception | None:
-    """The keys that are missing and left over, by the names of the nearest published network with as many layers.
+def _amiss(name: str, tensors: Tensors, error: Exception) -> Exception:
+    """`error`, which reading a config off the file led to, or what says more: a comparison with a published network.
 
-    `error` is what reading a config off the file led to. Where a tensor that sizes are read off is itself missing, it
-    says little or accuses the others. None if the names are right.
+    Where a tensor that sizes are read off is itself missing or wrong, `error` says little or accuses the others. The
+    published network is taken with as many layers as the file has; its sizes count if most of the file's are the same.
     """
-    model, found = COMPONENTS[name].model, []
-    for config in PUBLISHED:
+    model, many = COMPONENTS[name].model, len(tensors.shapes) // 2
+
+    def compare(config: str) -> Mismatch:
         wanted = layers_as_in(tensors.shapes, model.TORCH, abstract(name, getattr(load_config(config), name)))
         try:
             placements(tensors.shapes, model.TORCH, wanted, unused=model.UNUSED)
-        except Mismatch as names:
-            found.append(Mismatch(names.missing, names.left_over, []))
-    nearest = min(found, key=lambda m: len(m.missing) + len(m.left_over), default=None)
-    if nearest is None or not (nearest.missing or nearest.left_over):
-        return None
-    same = isinstance(error, Mismatch) and (error.missing, error.left_over) == (nearest.missing, nearest.left_over)
-    return error if same else nearest
+        except Mismatch as found:
+            return found if len(found.wrong) < many else Mismatch(found.missing, found.left_over, [])
+        return Mismatch([], [], [])
+
+    def size(problem: Mismatch) -> tuple[int, int]:
+        return len(problem.missing) + len(problem.left_over), len(problem.wrong)
+
+    nearest = min(map(compare, PUBLISHED), key=size)
+    says_more = not isinstance(error, Mismatch) or size(nearest) < size(error)
+    return nearest if any(size(nearest)) and says_more else error
 
 
 def _convert_network(name: str, network: Network, folder: Path, status) -> None:
@@ -176,15 +189,15 @@ def _convert_network(name: str, network: Network, folder: Path, status) -> None:
         status.update(f"converting {name}: {100 * done // total} %")
 
     convert_component(
-        network.tensors, model.TORCH, abstract(name, network.config), network.config, folder,
+        network.tensors, model.TORCH, network.wanted, network.config, folder,
         unused=model.UNUSED, source=network.path.name, report=report,
     )  # fmt: skip
 
 
-def _note_source(manifest: Path, name: str, path: Path) -> None:
-    """Add to DST/kavatar.json which file a part was made from."""
+def _note_source(manifest: Path, name: str, path: str) -> None:
+    """Add to DST/kavatar.json which file of SRC a part was made from."""
     noted = _read_json(manifest).get("sources", {}) if manifest.is_file() else {}
-    text = json.dumps({"layout": "kavatar", "sources": noted | {name: path.as_posix()}}, indent=2)
+    text = json.dumps({"layout": "kavatar", "sources": noted | {name: path}}, indent=2)
     partial = manifest.with_name(f".{manifest.name}.partial")
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(manifest)

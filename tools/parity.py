@@ -16,10 +16,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
-from tools.reference import clip, dit, e2e, sampler, tables, umt5, vae, wav2vec2
+from tools.reference import clip, dit, e2e, loss, sampler, solvers, tables, umt5, vae, wav2vec2
 from tools.reference.synthetic_weights import Fixture
 
-COMPONENTS = (dit, vae, umt5, clip, wav2vec2, tables, sampler, e2e)
+COMPONENTS = (dit, vae, umt5, clip, wav2vec2, tables, sampler, solvers, e2e, loss)
 
 
 def main() -> int:

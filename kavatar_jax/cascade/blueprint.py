@@ -21,10 +21,10 @@ from kavatar_jax.types import Blueprint, Conditions, Report
 def draw_blueprint(conditions: Conditions, weights: Weights, config: Config, report: Report) -> Blueprint:
     """The video at config.width x config.height: one batch of windows over the whole speech."""
     windows, told, shared = tell_windows(conditions, weights, config)
-    noise = draw_noise(conditions.seed, windows, config)
     latents = denoise(
-        weights.dit, noise, told, shared, windows, config.dit, config.sampling, stage="performing", report=report
-    )
+        weights.dit, draw_noise(conditions.seed, windows, config), told, shared, windows, config.dit, config.sampling,
+        stage="performing", report=report,
+    )  # fmt: skip
     return Blueprint(latents=windows.join(latents), frames=conditions.frames, width=config.width, height=config.height)
 
 

@@ -49,15 +49,15 @@ class Shared(NamedTuple):
 
 
 def denoise(
-    params: Params, noise: np.ndarray, told: Told, shared: Shared, windows: Windows,
+    params: Params, x: jax.Array, told: Told, shared: Shared, windows: Windows,
     config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
 ) -> np.ndarray:  # fmt: skip
-    """Take noise (padded_total, h, w, C) to latents: all windows (slots, T, h, w, C) on the host, overlaps fused."""
+    """Take noise (slots, T, h, w, C) to latents of the same shape on the host, overlaps fused; x is used up."""
     branches = guidance.text_and_audio(sampling.text_scale, sampling.audio_scale)
     sigmas = sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift)
     first, later = step_weights(windows, sampling)
     mesh = current()
-    x = jax.device_put(windows.split(noise), batch_sharding(mesh))
+    x = jax.device_put(x, batch_sharding(mesh))
     told, shared = jax.device_put(told, batch_sharding(mesh)), jax.device_put(shared, replicated(mesh))
     group = group_size(windows.count, sampling)
     for i in range(sampling.steps):
@@ -78,12 +78,13 @@ def step(
     x = constrain(x, "batch", None, None, None, None)
     timestep = sigma * TRAIN_STEPS
 
-    def guided_velocity(group):
-        return guidance.combine(branch_velocities(params, timestep, shared, config, branches, *group), branches)
+    def advance(windows):
+        velocities = branch_velocities(params, timestep, shared, config, branches, *windows)
+        return euler(windows[0], guidance.combine(velocities, branches), sigma, sigma_next)
 
-    groups = jax.tree.map(lambda leaf: _cut(leaf, group), (x, told))
-    velocity = _uncut(jax.lax.map(guided_velocity, groups))
-    x = fuse(euler(x, velocity, sigma, sigma_next), weights, stride)
+    cut, join = _grouped(x.shape[0], group)
+    x = join(jax.lax.map(advance, jax.tree.map(cut, (x, told))))
+    x = fuse(x, weights, stride)
     return constrain(x, "batch", None, None, None, None)
 
 
@@ -128,21 +129,31 @@ def step_weights(windows: Windows, sampling: SamplingConfig) -> tuple[np.ndarray
     return (fusion_weights(windows, None) if sampling.indexing == "released" else later), later
 
 
-def draw_noise(seed: int, windows: Windows, config: Config) -> np.ndarray:
-    """(padded_total, h, w, C) float32; a frame's noise depends on the seed and its number, not on the video's length."""
+def draw_noise(seed: int, windows: Windows, config: Config) -> jax.Array:
+    """(slots, T, h, w, C) float32; a frame's noise depends on the seed and its number, not on the video's length."""
     shape = (config.height // vae.STRIDE, config.width // vae.STRIDE, config.vae.latent_channels)
-    return np.asarray(_draw(jax.random.key(seed), np.arange(windows.padded_total), shape))
+    frames = windows.starts[:, None] + np.arange(windows.length)
+    return _draw(jax.random.key(seed), frames, shape)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _draw(key, frames, shape):
-    return jax.vmap(lambda frame: jax.random.normal(jax.random.fold_in(key, frame), shape))(frames)
+def _draw(key, frames_WT, shape):
+    def draw(frame):
+        return jax.random.normal(jax.random.fold_in(key, frame), shape)
+
+    return constrain(jax.vmap(jax.vmap(draw))(frames_WT), "batch", None, None, None, None)
 
 
-def _cut(leaf, group: int):
-    """(W, ...) -> (W / group, group, ...), so that every group takes the same share from each slot of the mesh."""
-    return jnp.moveaxis(leaf.reshape(group, leaf.shape[0] // group, *leaf.shape[1:]), 1, 0)
+def _grouped(count: int, group: int):
+    """(W, ...) <-> (W / group, group, ...), every group taking the same share from each slot of the mesh."""
+    slots = batch_slots(jax.sharding.get_abstract_mesh())
 
+    def cut(leaf):
+        parts = leaf.reshape(slots, count // group, group // slots, *leaf.shape[1:])
+        return jnp.moveaxis(parts, 1, 0).reshape(count // group, group, *leaf.shape[1:])
 
-def _uncut(leaf):
-    return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+    def join(leaf):
+        parts = leaf.reshape(count // group, slots, group // slots, *leaf.shape[2:])
+        return jnp.moveaxis(parts, 0, 1).reshape(count, *leaf.shape[2:])
+
+    return cut, join

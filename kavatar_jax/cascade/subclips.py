@@ -39,8 +39,9 @@ def render_subclips(
         frames=None,
     )
     shared = Shared(conditions.texts, conditions.face, see(views, weights, config), conditions.director)
-    noise = draw_noise(conditions.seed + 1, windows, config)  # other noise than the blueprint's
+    seed = conditions.seed + 1  # other noise than the blueprint's
     latents = denoise(
-        weights.dit, noise, told, shared, windows, config.dit, sampling, stage="rendering sub-clips", report=report
-    )
+        weights.dit, draw_noise(seed, windows, config), told, shared, windows, config.dit, sampling,
+        stage="rendering sub-clips", report=report,
+    )  # fmt: skip
     return Clips(latents=latents[: len(starts)], lengths=tuple(int(n) // 4 + 1 for n in lengths))

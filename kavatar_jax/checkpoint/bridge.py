@@ -119,6 +119,8 @@ def placements(
             wrong.append(f"{found[0]} is {tuple(shapes[found[0]])}, expected {shape}")
         else:
             placed[found[0]] = slots
+    filled = {slot.path for slots, _ in expected.values() for slot in slots}
+    missing += [f"anything for {path}" for path in sorted(flatten(params).keys() - filled)]
     known = {key for spellings in expected for key in spellings}
     left = sorted(key for key in shapes.keys() - known if not any(re.fullmatch(pattern, key) for pattern in unused))
     if missing or left or wrong:

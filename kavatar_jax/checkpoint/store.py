@@ -10,15 +10,21 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 NAME = "state"
+SHARED_BYTES = 1 << 20
 
 
 class Store:
     """The checkpoints in a folder. Leaving the `with` block waits for what is still being written."""
 
     def __init__(self, folder: Path, *, keep: int):
-        keep_newest = ocp.training.preservation_policies.LatestN(keep)
+        context = ocp.Context()
+        # replicas share the work of writing an array only where it is large: each shape costs them a compilation
+        context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_BYTES
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=keep_newest, cleanup_tmp_directories=True
+            folder.absolute(),
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
         )
 
     @property

@@ -1,5 +1,6 @@
 """The networks of a weights directory, by the name of their folder."""
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ COMPONENTS = {
 }
 
 
+@functools.cache
 def abstract(component: str, config) -> Params:
-    """Shapes and dtypes of a component's parameters, nothing computed."""
+    """Shapes and dtypes of a component's parameters, nothing computed. Shared between callers: not to be changed."""
     model = COMPONENTS[component].model
     return jax.eval_shape(lambda key: model.init(config, key), jax.random.key(0))

@@ -147,12 +147,12 @@ class Decoder(nn.Module):
 def _init(config, key):
     """What the layers' own initialisers would give, from a single draw: XLA takes a minute to compile a hundred."""
 
-    def shapes(module, *shape):
-        return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), None)["params"])
-
-    frames = 1 + _time_stride(config)
-    encoder = shapes(Encoder(config), 1, frames, 16, 16, 3)
-    flat = flatten({"encoder": encoder, "decoder": shapes(Decoder(config), 1, 2, 2, 2, config.latent_channels)})
+    flat = flatten(
+        {
+            "encoder": _shapes(Encoder(config), (1, 1 + _time_stride(config), 16, 16, 3)),
+            "decoder": _shapes(Decoder(config), (1, 2, 2, 2, config.latent_channels)),
+        }
+    )
     drawn = {path: math.prod(leaf.shape) for path, leaf in flat.items() if path.endswith("kernel")}
     normal = jax.random.truncated_normal(key, -2, 2, (sum(drawn.values()),)) / TRUNCATED_STD
     normal = jax.lax.optimization_barrier(normal)  # or it is drawn again inside every part
@@ -166,6 +166,10 @@ def _init(config, key):
             fan_in = math.prod(leaf.shape[:-1])
             flat[path] = (parts[path].reshape(leaf.shape) * fan_in**-0.5).astype(leaf.dtype)
     return unflatten(flat)
+
+
+def _shapes(module: nn.Module, shape: tuple[int, ...]):
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), None)["params"])
 
 
 def _in_chunks(call, x_BFHWC, size: int | None):
@@ -223,7 +227,9 @@ def _time_stride(config: VAEConfig) -> int:
 def _check_size(shape, config: VAEConfig):
     side = 2 ** len(config.temporal)
     if shape[1] < 1 or shape[2] % side or shape[3] % side:
-        raise ValueError(f"a video of {shape[1]} frames of {shape[3]}x{shape[2]}: width and height must be multiples of {side}")
+        raise ValueError(
+            f"a video of {shape[1]} frames of {shape[3]}x{shape[2]}: width and height must be multiples of {side}"
+        )
 
 
 def config_of(shapes: Mapping[str, tuple[int, ...]], released: Mapping) -> VAEConfig:
@@ -236,7 +242,9 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], released: Mapping) -> VAECo
     levels = [n for n in range(LEVELS) if f"encoder/level_{n}_block_0/conv2/kernel" in found]
     mean, std = released.get("latents_mean", LATENT_MEAN), released.get("latents_std", LATENT_STD)
     if not len(mean) == len(std) == channels:
-        raise ValueError(f"the VAE has {channels} latent channels, and latents_mean {len(mean)}, latents_std {len(std)}")
+        raise ValueError(
+            f"the VAE has {channels} latent channels, and latents_mean {len(mean)}, latents_std {len(std)}"
+        )
     return VAEConfig(
         width=width,
         latent_channels=channels,

@@ -1,6 +1,7 @@
 """attend(): softmax attention, in the form that suits the platform it is traced for.
 
-CPU: chunks of queries against all keys, so that the logits are never whole. GPU: cuDNN's fused kernel. TPU: splash.
+TPU: splash. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked or
+biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
 All take and return (B, S, N, K), no causality; a mask (B, L) of keys that exist is optional.
 """
 
@@ -9,29 +10,26 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from kavatar_jax.parallel import mesh
-from kavatar_jax.parallel.sharding import spec
+from kavatar_jax.parallel.sharding import partition
 
-QUERY_CHUNK = 256  # measured on CPU: larger chunks spill the cache, smaller ones starve the matrix product
+LONG = 128  # fewer queries or keys are not worth a kernel
+QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
+HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle
 
 
 def attend(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float | None = None):
     """softmax(q k^T * scale + bias) v. scale: 1/sqrt(K) if None. A row whose keys are all masked returns the mean of v."""
     scale = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
-    long = k_BLNK.shape[1] >= 128 and q_BSNK.shape[1] >= 128
-    plain = bias_NSL is None and keys_BL is None
-    if mesh.platform() == "tpu" and plain and long and q_BSNK.shape[-1] % 128 == 0:
-        return _splash(q_BSNK, k_BLNK, v_BLNK, scale)
-    if mesh.platform() == "gpu" and plain and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and q_BSNK.shape[-1] <= 128:
-        return jax.nn.dot_product_attention(q_BSNK, k_BLNK, v_BLNK, scale=scale, implementation="cudnn")
-    return attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, keys_BL=keys_BL, bias_NSL=bias_NSL, scale=scale)
+    kernel = _kernel(q_BSNK, k_BLNK) if bias_NSL is None and keys_BL is None else None
+    if kernel is None:
+        return attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, keys_BL=keys_BL, bias_NSL=bias_NSL, scale=scale)
+    return _on_each_device(functools.partial(kernel, scale=scale), q_BSNK, k_BLNK, v_BLNK)
 
 
 def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float, chunk: int = QUERY_CHUNK):
     """The plain form, one chunk of queries at a time; the logits of a chunk are recomputed in the backward pass."""
-    S = q_BSNK.shape[1]
     k_BNLK, v_BNLK = k_BLNK.swapaxes(1, 2), v_BLNK.swapaxes(1, 2)
     keys = None if keys_BL is None else keys_BL[:, None, None, :]
 
@@ -43,60 +41,108 @@ def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, sca
         out = jnp.einsum("bnql,bnlk->bqnk", weights.astype(v_BNLK.dtype), v_BNLK, preferred_element_type=jnp.float32)
         return (out / weights.sum(axis=-1).swapaxes(1, 2)[..., None]).astype(q_BQNK.dtype)
 
-    if S <= chunk:
+    if q_BSNK.shape[1] <= chunk:
         return one(q_BSNK, bias_NSL)
-    count = S // chunk
-    body = slice(0, count * chunk)
-    q_chunks = _split(q_BSNK[:, body], 1, count)
-    bias_chunks = None if bias_NSL is None else _split(bias_NSL[:, body], 1, count)
-    out = jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), (q_chunks, bias_chunks))
-    out = jnp.moveaxis(out, 0, 1).reshape(q_BSNK.shape[0], count * chunk, *q_BSNK.shape[2:])
-    if S % chunk:
-        tail = one(q_BSNK[:, count * chunk :], None if bias_NSL is None else bias_NSL[:, count * chunk :])
-        out = jnp.concatenate([out, tail], axis=1)
-    return out
+    chunks = jax.tree.map(lambda x: _cut(x, 1, chunk), (q_BSNK, bias_NSL))
+    out = jax.lax.map(jax.checkpoint(lambda pair: one(*pair)), chunks)
+    return _uncut(out, 1, q_BSNK.shape[1])
 
 
-def _split(x, axis, count):
-    """Cut an axis into `count` chunks and bring the chunk axis to the front."""
-    shape = (*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
+def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int = HEAD_CHUNK):
+    """The form for CPUs: products of plain matrices, small enough for the cache and large enough to be fast."""
+    B, S, N, K = q_BSNK.shape
+
+    def head(qkv):
+        q_SK, k_LK, v_LK = qkv
+
+        def one(q_QK):
+            logits = _product(q_QK, k_LK.T) * scale
+            weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))).astype(v_LK.dtype)
+            total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
+            return (_product(weights, v_LK) / total).astype(q_QK.dtype)
+
+        return _uncut(jax.lax.map(jax.checkpoint(one), _cut(q_SK, 0, chunk)), 0, S)
+
+    heads = tuple(x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q_BSNK, k_BLNK, v_BLNK))
+    return jax.lax.map(head, heads).reshape(B, N, S, K).swapaxes(1, 2)
 
 
-def _splash(q_BSNK, k_BLNK, v_BLNK, scale):
-    """The TPU kernel, manual over every mesh axis: batch over data and fsdp, heads over tensor.
-
-    Keys are gathered over context, queries stay where they are.
-    """
-    axes = jax.sharding.get_abstract_mesh()
-    heads = P(*spec("batch", None, "heads", None))
-    queries = P(*spec("batch", "tokens", "heads", None))
-    kernel = functools.partial(_splash_on_one_device, scale=scale)
-    if axes.empty or axes.size == 1:
-        return kernel(q_BSNK, k_BLNK, v_BLNK)
-    return jax.shard_map(kernel, in_specs=(queries, heads, heads), out_specs=queries, check_vma=False)(q_BSNK, k_BLNK, v_BLNK)
-
-
-def _splash_on_one_device(q_BSNK, k_BLNK, v_BLNK, *, scale):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
+    """The TPU kernel, on one device. interpret: run it step by step on a host without one."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     S, L, N = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[2]
-    block_q, block_kv = (min(1024, 128 * -(-n // 128)) for n in (S, L))
-    q, k, v = (_pad_tokens(x, block).swapaxes(1, 2) for x, block in ((q_BSNK, block_q), (k_BLNK, block_kv), (v_BLNK, block_kv)))
-    mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * N)
-    sizes = splash.BlockSizes(
+    block_q, block_kv = _block(S), _block(L)
+    q, k, v = (_pad(x, 1, b).swapaxes(1, 2) for x, b in ((q_BSNK, block_q), (k_BLNK, block_kv), (v_BLNK, block_kv)))
+    sizes = kernels.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
         block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
         block_q_dq=block_q, block_kv_dq=block_kv,
     )  # fmt: skip
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
-    # padded keys carry another segment than every real token, so nothing attends to them
-    real_q, real_kv = (np.arange(n) < m for n, m in ((q.shape[2], S), (k.shape[2], L)))
-    segments = splash.SegmentIds(q=jnp.ones(real_q.shape, jnp.int32), kv=jnp.asarray(real_kv, jnp.int32))
+    mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * N)
+    kernel = kernels.make_splash_mha(
+        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+    )
+    segments = None
+    if k.shape[2] > L:  # padded keys carry another segment than every query, so nothing attends to them
+        real = (np.arange(k.shape[2]) < L).astype(np.int32)
+        segments = kernels.SegmentIds(q=jnp.ones(q.shape[2], jnp.int32), kv=jnp.asarray(real))
     out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q * scale, k, v, segments)
     return out.swapaxes(1, 2)[:, :S].astype(q_BSNK.dtype)
 
 
-def _pad_tokens(x_BSNK, block):
-    return jnp.pad(x_BSNK, ((0, 0), (0, -x_BSNK.shape[1] % block), (0, 0), (0, 0)))
+def _kernel(q_BSNK, k_BLNK):
+    """The best unmasked form for this platform, dtype and size, or None."""
+    S, L, K = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[3]
+    if min(S, L) < LONG:
+        return None
+    if mesh.platform() == "tpu" and K % 128 == 0:
+        return splash
+    if mesh.platform() == "gpu" and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128:
+        return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return attend_head_by_head if mesh.platform() == "cpu" else None
+
+
+def _on_each_device(kernel, q_BSNK, k_BLNK, v_BLNK):
+    """Run a kernel by hand over every mesh axis: batch over data and fsdp, heads over tensor, queries over context.
+
+    Keys are gathered over context, queries stay where they are; an axis that does not divide is repeated.
+    """
+    axes = jax.sharding.get_abstract_mesh()
+    if axes.empty or axes.size == 1:
+        return kernel(q_BSNK, k_BLNK, v_BLNK)
+    logical = {"queries": ("batch", "tokens", "heads", None), "keys": ("batch", None, "heads", None)}
+    placed = partition({"queries": q_BSNK, "keys": k_BLNK}, logical, axes)
+    queries, keys = placed["queries"].spec, placed["keys"].spec
+    spread = jax.shard_map(kernel, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
+    return spread(q_BSNK, k_BLNK, v_BLNK)
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _block(tokens: int) -> int:
+    """Tokens per block of the TPU kernel: a multiple of 128 up to 1024, chosen to pad little."""
+    return 128 * -(-tokens // (128 * -(-tokens // 1024)))
+
+
+def _cut(x, axis: int, chunk: int):
+    """Cut an axis into equal chunks of at most `chunk`, zeros at the end, and bring the chunk axis to the front."""
+    count = -(-x.shape[axis] // chunk)
+    x = _pad(x, axis, count)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _uncut(chunks, axis: int, length: int):
+    x = jnp.moveaxis(chunks, 0, axis)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _pad(x, axis: int, multiple: int):
+    """Zeros at the end of an axis, up to a multiple."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding)

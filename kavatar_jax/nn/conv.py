@@ -5,6 +5,8 @@ video may be cut into calls anywhere and the result is the same. Products are in
 Kernels are (*window, in, out).
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,32 +83,70 @@ def with_history(x_BFHWC, history):
 
 
 def conv_video(x_BFHWC, kernel, dtype):
-    """3x3x3 over (B, F + 2, H, W, C) -> (B, F, H, W, out): no padding in time, zeros around space.
+    """3x3x3 over (B, F + 2, H, W, C) -> (B, F, H, W, out) float32 or `dtype`: no padding in time, zeros around space.
 
     On CPU a sum of three 2D convolutions: XLA has a fast path for 2D there, and one half as fast or worse for 3D.
     """
     if mesh.platform() == "cpu":
         count = x_BFHWC.shape[1] - HISTORY
         return sum(conv_frames(x_BFHWC[:, tap : tap + count], kernel[tap], dtype) for tap in range(3))
-    return _conv(x_BFHWC, kernel, dtype, (1, 1, 1), ((0, 0), (1, 1), (1, 1)))
+    x, kernel = x_BFHWC.astype(dtype), kernel.astype(dtype)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
 
 
 def conv_frames(x_BFHWC, kernel, dtype, *, stride: int = 1, padding: tuple[int, int] = (1, 1)):
-    """3x3 on every frame: (B, F, H, W, C) -> (B, F, H', W', out) float32 or `dtype`."""
+    """3x3 on every frame: (B, F, H, W, C) -> (B, F, H', W', out) float32 or `dtype`.
+
+    Operands are rounded to `dtype`. GPU and TPU accumulate in float32 by themselves, a CPU does where they are widened.
+    """
     B, F = x_BFHWC.shape[:2]
-    x = x_BFHWC.reshape(B * F, *x_BFHWC.shape[2:])
-    y = _conv(x, kernel, dtype, (stride, stride), (padding, padding))
+    x, kernel = x_BFHWC.reshape(B * F, *x_BFHWC.shape[2:]).astype(dtype), kernel.astype(dtype)
+    if mesh.platform() == "cpu":
+        y = _conv_on_cpu(x.astype(jnp.float32), kernel.astype(jnp.float32), stride, padding)
+    else:
+        y = _conv(x, kernel, (padding, padding), stride=stride)
     return y.reshape(B, F, *y.shape[1:])
 
 
-def _conv(x, kernel, dtype, strides, padding):
-    """Operands are rounded to `dtype`. GPU and TPU accumulate in float32 by themselves; on CPU the sum must be asked for."""
-    wide = jnp.float32 if mesh.platform() == "cpu" else dtype
-    letters = "DHW"[-len(strides) :]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_on_cpu(x_BHWC, kernel, stride, padding):
+    """The gradients that JAX derives swap batch and channels, for which XLA has no fast path inside a scan: they take
+    20 times as long as these, whose operands are transposed beforehand.
+    """
+    return _conv(x_BHWC, kernel, (padding, padding), stride=stride)
+
+
+def _conv_forward(x_BHWC, kernel, stride, padding):
+    return _conv_on_cpu(x_BHWC, kernel, stride, padding), (x_BHWC, kernel)
+
+
+def _conv_backward(stride, padding, kept, dy_BHWC):
+    x_BHWC, kernel = kept
+    sizes, window, before = x_BHWC.shape[1:3], kernel.shape[0], padding[0]
+    spans = [stride * (size - 1) + 1 for size in dy_BHWC.shape[1:3]]  # of dy with its values `stride` apart
+
+    back = window - 1 - before  # zeros before dy, and after it as many as give x its size
+    pads = [(back, size + window - 1 - span - back) for size, span in zip(sizes, spans, strict=True)]
+    dx = _conv(dy_BHWC, kernel[::-1, ::-1].swapaxes(2, 3), pads, spread_input=stride)
+
+    x_CHWB, dy_HWBO = x_BHWC.transpose(3, 1, 2, 0), dy_BHWC.transpose(1, 2, 0, 3)
+    pads = [(before, window + span - 1 - size - before) for size, span in zip(sizes, spans, strict=True)]
+    dkernel_CHWO = _conv(x_CHWB, dy_HWBO, pads, spread_kernel=stride)
+    return dx, dkernel_CHWO.transpose(1, 2, 0, 3)
+
+
+_conv_on_cpu.defvjp(_conv_forward, _conv_backward)
+
+
+def _conv(x_BHWC, kernel, padding, *, stride: int = 1, spread_input: int = 1, spread_kernel: int = 1):
     return jax.lax.conv_general_dilated(
-        x.astype(dtype).astype(wide),
-        kernel.astype(dtype).astype(wide),
-        strides,
+        x_BHWC,
+        kernel,
+        (stride, stride),
         padding,
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        lhs_dilation=(spread_input, spread_input),
+        rhs_dilation=(spread_kernel, spread_kernel),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )

@@ -73,11 +73,11 @@ def layer_norm(x, eps: float):
 
 
 def gelu_tanh(x):
-    return nn.gelu(x, approximate=True)
+    return _gelu(x, approximate=True)
 
 
 def gelu_erf(x):
-    return nn.gelu(x, approximate=False)
+    return _gelu(x, approximate=False)
 
 
 def timestep_embedding(t_B, width: int):
@@ -93,6 +93,11 @@ def timestep_embedding(t_B, width: int):
     turn_fraction = _times_mod_one(whole, turns) + _times_mod_one(t_B1 - whole, turns)
     angles = 2 * np.pi * (turn_fraction - jnp.round(turn_fraction))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _gelu(x, *, approximate: bool):
+    """In float32, rounded once: cheaper on a CPU than rounding after every operation, and what the references do."""
+    return nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
 
 
 def _times_mod_one(a, b):

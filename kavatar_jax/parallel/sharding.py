@@ -63,8 +63,8 @@ def batch_sharding(mesh) -> NamedSharding:
 
 
 def batch_slots(mesh) -> int:
-    """How many slots the leading axis of a batch is spread over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """How many slots the leading axis of a batch is spread over; one without a mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _divisible(wanted: P, shape, mesh) -> P:

@@ -79,7 +79,7 @@ class Follower:
         gain = np.sum(colours[inside] * wanted[inside]) / (np.sum(wanted[inside] ** 2) + 1e-6)  # exposure may drift
         error = colours - gain * wanted
         size = np.sqrt(np.mean(error**2, 1))
-        limit = 1.5 * np.median(size[inside]) + _NOISE if inside.any() else 1.0
+        limit = 2 * np.median(size[inside]) + 0.03 if inside.any() else 1.0
         weight = inside / (1 + (size / limit) ** 2) ** 2
         jacobian = moves[:, 0, :, None] * slopes[:, 0] + moves[:, 1, :, None] * slopes[:, 1]
         noise = np.sum(weight * size**2) / (np.sum(weight) + 1e-6) + _NOISE**2

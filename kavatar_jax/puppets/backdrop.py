@@ -3,6 +3,8 @@
 The picture covers REACH world units to each side, so that panning and zooming out never meet its edge.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -12,6 +14,7 @@ REACH = 1.6
 DISTANT = 0.7  # how much of the camera's pan and zoom the far wall follows
 
 
+@lru_cache(maxsize=4)  # a clip and its portrait share one
 def paint_backdrop(identity: Identity, height: int, width: int) -> Image.Image:
     """The place at the resolution of a (height, width) frame."""
     rng = np.random.default_rng([identity.seed, 0xBD])
@@ -83,7 +86,12 @@ def _plain_wall(brush, rng, wall):
     """A wall with a skirting line and a framed picture or two."""
     for side in (-1, 1):
         if rng.random() < 0.75:
-            x, y, w, h = side * rng.uniform(0.8, 1.05), rng.uniform(-0.75, -0.4), rng.uniform(0.16, 0.28), rng.uniform(0.16, 0.3)
+            x, y, w, h = (
+                side * rng.uniform(0.8, 1.05),
+                rng.uniform(-0.75, -0.4),
+                rng.uniform(0.16, 0.28),
+                rng.uniform(0.16, 0.3),
+            )
             brush.rectangle(x - w, y - h, x + w, y + h, 0.5 * wall)
             brush.rectangle(x - 0.82 * w, y - 0.82 * h, x + 0.82 * w, y + 0.82 * h, _any_colour(rng))
             brush.disc(x, y + 0.1 * h, 0.4 * min(w, h), _any_colour(rng))
@@ -133,7 +141,9 @@ def _window(brush, rng, wall):
 
 
 def _hills(brush, rng, wall):
-    brush.rectangle(-brush.right, -brush.bottom, brush.right, brush.bottom, rng.uniform((150, 200, 232), (190, 224, 244)))
+    brush.rectangle(
+        -brush.right, -brush.bottom, brush.right, brush.bottom, rng.uniform((150, 200, 232), (190, 224, 244))
+    )
     x = np.linspace(-brush.right, brush.right, 60)
     for depth in range(3):
         tops = -0.1 + 0.28 * depth + 0.14 * np.sin(rng.uniform(1.5, 3.5) * x + rng.uniform(0, 6.28))

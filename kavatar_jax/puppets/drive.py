@@ -59,8 +59,12 @@ def _level(voice: np.ndarray) -> np.ndarray:
     reach = int(_REACH * SAMPLE_RATE / _HOP)
     centres = np.arange(0, len(voice) + reach // 3, reach // 3)
     around = [voice[max(c - reach, 0) : c + reach] for c in centres]
-    floor = np.interp(np.arange(len(voice)), centres, [np.percentile(part, 10) if len(part) else voice[-1] for part in around])
-    peak = np.interp(np.arange(len(voice)), centres, [np.percentile(part, 95) if len(part) else voice[-1] for part in around])
+    floor = np.interp(
+        np.arange(len(voice)), centres, [np.percentile(part, 10) if len(part) else voice[-1] for part in around]
+    )
+    peak = np.interp(
+        np.arange(len(voice)), centres, [np.percentile(part, 95) if len(part) else voice[-1] for part in around]
+    )
     return np.clip((voice - floor - 4) / np.maximum(peak - floor - 4, 14), 0, 1)
 
 

@@ -177,4 +177,6 @@ def _nose(head: Head):
     u, v = window.x - x, window.y - y
     head.canvas.paint(window, 0.5 * disc(u, v - 0.3 * size, 1.12 * size, 0.9 * size, 0.5 * head.px), 0.78 * skin)
     head.canvas.paint(window, disc(u, v, size, 0.9 * size, head.px), skin * (0.98, 0.9, 0.88), 1 - 0.9 * v)
-    head.canvas.paint(window, 0.5 * disc(u + 0.3 * size, v + 0.3 * size, 0.26 * size, 0.2 * size, head.px), (255, 250, 244))
+    head.canvas.paint(
+        window, 0.5 * disc(u + 0.3 * size, v + 0.3 * size, 0.26 * size, 0.2 * size, head.px), (255, 250, 244)
+    )

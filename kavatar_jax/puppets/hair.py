@@ -71,7 +71,8 @@ def paint_back_hair(head: Head):
         u, v = window.x - x, window.y - y
         swing = 0.3 + 0.05 * head.pose.sway_x
         cover = np.maximum(
-            stroke(u, v, 0.22, 0.02, swing + 0.1, 0.4, 0.125, px), stroke(u, v, swing + 0.1, 0.4, swing, 0.75, 0.085, px)
+            stroke(u, v, 0.22, 0.02, swing + 0.1, 0.4, 0.125, px),
+            stroke(u, v, swing + 0.1, 0.4, swing, 0.75, 0.085, px),
         )
         head.canvas.paint(window, cover, dark, 1 + 0.06 * np.sin(50 * u))
 

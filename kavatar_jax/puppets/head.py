@@ -53,7 +53,9 @@ class Head:
     def turn(self, x, y, z):
         """Where the head's plane shows a point given in units of the ball's radii."""
         across, depth = x * self.cos_yaw + z * self.sin_yaw, z * self.cos_yaw - x * self.sin_yaw
-        return across * self.identity.face_width, (y * self.cos_pitch + depth * self.sin_pitch) * self.identity.face_height
+        return across * self.identity.face_width, (
+            y * self.cos_pitch + depth * self.sin_pitch
+        ) * self.identity.face_height
 
     def ball(self, window: Window, swell: float = 1.0, rise: float = 0.0) -> Surface:
         """The surface of the ball, or of one `swell` times as large and `rise` higher, that a window shows."""

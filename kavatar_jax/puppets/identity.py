@@ -29,7 +29,13 @@ HAIRS = {
     "pink": (230, 126, 166),
     "green": (84, 158, 108),
 }
-EYES = {"brown": (96, 60, 34), "hazel": (134, 98, 48), "green": (72, 128, 82), "blue": (64, 118, 186), "grey": (98, 112, 126)}
+EYES = {
+    "brown": (96, 60, 34),
+    "hazel": (134, 98, 48),
+    "green": (72, 128, 82),
+    "blue": (64, 118, 186),
+    "grey": (98, 112, 126),
+}
 CLOTHES = {
     "red": (200, 58, 58),
     "orange": (232, 134, 52),
@@ -57,7 +63,19 @@ WALLS = {
     "slate": (98, 112, 132),
     "mustard": (214, 178, 96),
 }
-HAIR_STYLES = ("bald", "buzz cut", "short", "side parting", "spiky", "curly", "bob", "long", "bun", "ponytail", "beanie")
+HAIR_STYLES = (
+    "bald",
+    "buzz cut",
+    "short",
+    "side parting",
+    "spiky",
+    "curly",
+    "bob",
+    "long",
+    "bun",
+    "ponytail",
+    "beanie",
+)
 GARMENTS = ("T-shirt", "V-neck", "shirt", "suit", "hoodie", "striped top", "dotted top")
 PLACES = ("plain wall", "striped wall", "bokeh lights", "bookshelf", "window", "hills", "tiles")
 GLASSES = ("none", "round", "square")

@@ -41,7 +41,9 @@ def read(frames: np.ndarray, portrait: np.ndarray | None = None) -> Reading:
     angles, zoom, blink and hand are then changes since that frame, and the mouth is shut where it is most nearly so.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}; read wants uint8 (F, H, W, 3) of at least one frame")
+        raise ValueError(
+            f"frames are {frames.dtype} {frames.shape}; read wants uint8 (F, H, W, 3) of at least one frame"
+        )
     if portrait is not None and portrait.shape != frames.shape[1:]:
         raise ValueError(f"portrait is {portrait.shape}, a frame {frames.shape[1:]}; fit the portrait to the frames")
     still = frames[0] if portrait is None else portrait
@@ -112,8 +114,12 @@ def _hand(video: np.ndarray, still: np.ndarray, tracks: Tracks) -> np.ndarray:
     sides = []
     for side in (-1, 1):
         points = np.stack([side * x.ravel(), y.ravel()])
-        before = np.linalg.norm(align.sample(still, through_camera(points, (1.0, 0.0, 0.0), still.shape)) - skin, axis=1)
-        seen = np.stack([align.sample(f, through_camera(points, c, f.shape)) for f, c in zip(video, tracks.camera, strict=True)])
+        before = np.linalg.norm(
+            align.sample(still, through_camera(points, (1.0, 0.0, 0.0), still.shape)) - skin, axis=1
+        )
+        seen = np.stack(
+            [align.sample(f, through_camera(points, c, f.shape)) for f, c in zip(video, tracks.camera, strict=True)]
+        )
         nearer = np.clip(1 - np.linalg.norm(seen - skin, axis=2) / np.maximum(before, 0.05), 0, 1)
         sides.append(nearer.mean(1))
     return np.clip(np.max(sides, 0) / 0.36, 0, 1)  # a raised hand covers some 36 % of the region

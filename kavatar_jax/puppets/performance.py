@@ -63,7 +63,9 @@ def sample_script(rng: np.random.Generator, seconds: float) -> Script:
     )
 
 
-def perform(mouth: np.ndarray, script: Script, *, fps: float, seed: int, phones: list[Phone] | None = None) -> np.ndarray:
+def perform(
+    mouth: np.ndarray, script: Script, *, fps: float, seed: int, phones: list[Phone] | None = None
+) -> np.ndarray:
     """(F, K) float32 state. mouth: (F, 3) opening, width, teeth; phones: whose stresses the head follows, if known."""
     rng = np.random.default_rng([seed, 0xAC])
     frames = len(mouth)
@@ -126,7 +128,9 @@ def _glance(track, times, rng):
 
 def _feel(track, times, script: Script, rng):
     """The emotion on mouth and brows, swelling and ebbing a little."""
-    mood = {"smile": rng.uniform(0.6, 0.95), "neutral": rng.uniform(-0.08, 0.12), "frown": rng.uniform(-0.95, -0.6)}[script.emotion]
+    mood = {"smile": rng.uniform(0.6, 0.95), "neutral": rng.uniform(-0.08, 0.12), "frown": rng.uniform(-0.95, -0.6)}[
+        script.emotion
+    ]
     rise = _ease(np.clip(times / 0.6, 0, 1)) if rng.random() < 0.3 else 1.0
     track["smile"][:] = mood * rise + 0.08 * _wander(times, 1.8, rng)
     angry = script.emotion == "frown" and script.arousal > 0.55

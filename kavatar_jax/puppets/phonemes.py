@@ -95,7 +95,9 @@ _STRONG = (2.5, 0.6)  # insists on its opening, takes its width from its neighbo
 _SHUT = (4.0, 0.6)
 
 PHONEMES = _VOWELS | {
-    SILENCE: Phoneme(kind="silence", seconds=0.3, formants=(500, 1450, 2450), voicing=0, shape=(0, 0, 0), grip=(6.0, 1.5)),
+    SILENCE: Phoneme(
+        kind="silence", seconds=0.3, formants=(500, 1450, 2450), voicing=0, shape=(0, 0, 0), grip=(6.0, 1.5)
+    ),
     "AY": _diphthong(_VOWELS["AA"], _VOWELS["IH"]),
     "AW": _diphthong(_VOWELS["AA"], _VOWELS["UH"]),
     "EY": _diphthong(_VOWELS["EH"], _VOWELS["IY"]),
@@ -127,7 +129,9 @@ PHONEMES = _VOWELS | {
         shape=(0.14, -0.55, 0.9),
         grip=(4.0, 3.0),
     ),
-    "HH": Phoneme(kind="fricative", seconds=0.06, formants=(500, 1450, 2450), voicing=0, shape=(0.4, 0, 0.2), grip=(0.1, 0.1)),
+    "HH": Phoneme(
+        kind="fricative", seconds=0.06, formants=(500, 1450, 2450), voicing=0, shape=(0.4, 0, 0.2), grip=(0.1, 0.1)
+    ),
     "L": _glide(310, 1050, 2880, (0.3, 0.1, 0.3), grip=(1.5, 0.4)),
     "R": _glide(310, 1060, 1380, (0.24, -0.55, 0.1), grip=(1.5, 1.5)),
     "W": _glide(290, 610, 2150, (0.1, -1.0, 0.0), grip=(3.0, 4.0)),

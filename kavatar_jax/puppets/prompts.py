@@ -29,7 +29,13 @@ _HAIR = {
 }
 _FEELINGS = {
     "smile": ("smiling", "with a warm smile", "happily", "with a cheerful look", "beaming with joy", "in good spirits"),
-    "neutral": ("with a neutral expression", "with a calm face", "looking composed", "in a matter-of-fact way", "with a relaxed face"),
+    "neutral": (
+        "with a neutral expression",
+        "with a calm face",
+        "looking composed",
+        "in a matter-of-fact way",
+        "with a relaxed face",
+    ),
     "frown": ("frowning", "with a sad look", "looking unhappy", "with a gloomy face", "with a troubled frown"),
 }
 _MANNERS = {
@@ -55,7 +61,15 @@ _CAMERAS = {
     "pan left": ("The camera pans left.", "Pan to the left.", "The camera drifts to the left."),
     "pan right": ("The camera pans right.", "Pan to the right.", "The camera drifts to the right."),
 }
-_VERBS = ("talks", "speaks", "is speaking", "is talking", "talks to the camera", "speaks to the viewer", "tells a story")
+_VERBS = (
+    "talks",
+    "speaks",
+    "is speaking",
+    "is talking",
+    "talks to the camera",
+    "speaks to the viewer",
+    "tells a story",
+)
 
 
 def describe(identity: Identity, script: Script, rng: np.random.Generator) -> str:
@@ -83,7 +97,9 @@ def describe(identity: Identity, script: Script, rng: np.random.Generator) -> st
 
 def _who(identity: Identity, rng) -> str:
     """The person with none, some or all of hair, glasses, beard, clothes and place."""
-    hair = str(_HAIR[identity.hair_style][rng.integers(len(_HAIR[identity.hair_style]))]).format(hair=identity.hair_name)
+    hair = str(_HAIR[identity.hair_style][rng.integers(len(_HAIR[identity.hair_style]))]).format(
+        hair=identity.hair_name
+    )
     traits = [hair] if rng.random() < 0.6 else []
     if identity.glasses != "none" and rng.random() < 0.6:
         traits.append(f"{identity.glasses} glasses" if rng.random() < 0.5 else "glasses")

@@ -88,8 +88,7 @@ def speak(phones: list[Phone], voice: Voice, *, rng, smile: float = 0.0, arousal
     voicing = _per_sample(tracks.voicing * loudness)
     aspiration = _per_sample(tracks.aspiration + voice.breath * 0.35 * tracks.voicing)
     source = voiced * voicing + 0.12 * noise * aspiration * (0.5 + flow)
-    turbulence = 0.022 * rng.standard_normal(steps * _STEP) * _per_sample(tracks.friction * loudness)
-    samples = _filter(source, tracks.throat) + _filter(turbulence, tracks.band)
+    samples = _filter(source, tracks.throat) + _turbulence(tracks.bursts, loudness, rng)
     samples = samples[:length]
     loud = np.percentile(np.abs(samples), 90) + 1e-6 if len(samples) else 1.0
     return (samples * (0.15 * 10 ** ((arousal - 0.5) * 8 / 20) / loud)).astype(np.float32)
@@ -97,19 +96,19 @@ def speak(phones: list[Phone], voice: Voice, *, rng, smile: float = 0.0, arousal
 
 @dataclass(frozen=True)
 class _Tracks:
-    """What the synthesiser does at each step: amplitudes (n,) and filter sections (n, sections, 6)."""
+    """What the synthesiser does at each step: amplitudes (n,) and filter sections (n, sections, 6); bursts: turbulence
+    as (first step, last step, amplitude, band)."""
 
     voicing: np.ndarray
     aspiration: np.ndarray
-    friction: np.ndarray
     throat: np.ndarray
-    band: np.ndarray
+    bursts: list[tuple[int, int, float, tuple[float, float]]]
 
 
 def _tracks(phones: list[Phone], voice: Voice, steps: int, spread: float) -> _Tracks:
     formants = np.tile((500.0, 1450.0, 2450.0), (steps, 1))
-    bands = np.tile((3000.0, 2000.0), (steps, 1))
-    voicing, aspiration, friction, nasal = np.zeros((4, steps))
+    voicing, aspiration, nasal = np.zeros((3, steps))
+    bursts = []
     for i, phone in enumerate(phones):
         sound = PHONEMES[phone.symbol]
         at = slice(int(phone.start * _CONTROL), max(int(phone.end * _CONTROL), int(phone.start * _CONTROL) + 1))
@@ -121,16 +120,18 @@ def _tracks(phones: list[Phone], voice: Voice, steps: int, spread: float) -> _Tr
         if sound.kind == "vowel" and phone.stress == 0:
             start, end = 0.8 * start + 0.2 * np.array((500, 1450, 2450)), 0.8 * end + 0.2 * np.array((500, 1450, 2450))
         formants[at] = start + (end - start) * np.linspace(0, 1, span)[:, None]
-        bands[at] = sound.band
         if sound.kind == "stop":
             release = at.start + round(0.6 * span)
-            burst = slice(release, min(release + (12 if phone.symbol == "CH" else 3), at.stop))
+            bursts.append(
+                (release, min(release + (12 if phone.symbol == "CH" else 3), at.stop), sound.friction, sound.band)
+            )
             voicing[at.start : release] = sound.voicing
-            friction[burst] = sound.friction
             voicing[release : at.stop] = 0.8 if sound.voicing else 0.0
             aspiration[release : at.stop] = 0.0 if sound.voicing else 0.7
         else:
-            voicing[at], friction[at] = sound.voicing, sound.friction
+            voicing[at] = sound.voicing
+            if sound.friction:
+                bursts.append((at.start, at.stop, sound.friction, sound.band))
             aspiration[at] = 0.9 if phone.symbol == "HH" else 0.0
             nasal[at] = sound.kind == "nasal"
     formants = _smooth(formants, 15) * voice.tract * spread
@@ -138,9 +139,8 @@ def _tracks(phones: list[Phone], voice: Voice, steps: int, spread: float) -> _Tr
     return _Tracks(
         voicing=_smooth(voicing, 7),
         aspiration=_smooth(aspiration, 5),
-        friction=_smooth(friction, 3),
         throat=_throat(formants, nasal, voice),
-        band=np.repeat(_resonators(np.minimum(bands[:, :1], 7000), bands[:, 1:], unit_peak=True), 2, 1),
+        bursts=bursts,
     )
 
 
@@ -161,7 +161,11 @@ def _resonators(centres: np.ndarray, widths: np.ndarray, *, unit_peak: bool = Fa
     radius = np.exp(-np.pi * widths / SAMPLE_RATE)
     a1 = -2 * radius * np.cos(2 * np.pi * centres / SAMPLE_RATE)
     a2 = radius**2
-    gain = (1 - radius) * np.sqrt(1 - 2 * radius * np.cos(4 * np.pi * centres / SAMPLE_RATE) + a2) if unit_peak else 1 + a1 + a2
+    gain = (
+        (1 - radius) * np.sqrt(1 - 2 * radius * np.cos(4 * np.pi * centres / SAMPLE_RATE) + a2)
+        if unit_peak
+        else 1 + a1 + a2
+    )
     zeros = np.zeros_like(a1)
     return np.stack([gain, zeros, zeros, np.ones_like(a1), a1, a2], -1)
 
@@ -173,6 +177,20 @@ def _filter(source: np.ndarray, sections: np.ndarray) -> np.ndarray:
     for i in range(0, len(sections), 2):
         part = slice(i * _STEP, (i + 2) * _STEP)
         out[part], memory = signal.sosfilt(sections[i], source[part], zi=memory)
+    return out
+
+
+def _turbulence(bursts, loudness: np.ndarray, rng) -> np.ndarray:
+    """Noise of every hiss and burst through a band of its own."""
+    steps = len(loudness)
+    out = np.zeros(steps * _STEP)
+    for first, last, amplitude, band in bursts:
+        start, stop = max(first - 2, 0), min(last + 2, steps)
+        level = np.zeros(stop - start)
+        level[first - start : last - start] = 0.022 * amplitude
+        noise = rng.standard_normal((stop - start) * _STEP) * _per_sample(_smooth(level, 3) * loudness[start:stop])
+        sections = _resonators(np.array([[band[0]]]), np.array([[band[1]]]), unit_peak=True)[0]
+        out[start * _STEP : stop * _STEP] += signal.sosfilt(np.repeat(sections, 2, 0), noise)
     return out
 
 
@@ -192,7 +210,9 @@ def _glottis(pitch: np.ndarray, voice: Voice, arousal: float, steps: int, rng):
     wobble = voice.jitter * rng.standard_normal(number[-1] + 2)
     height = 1 + voice.shimmer * rng.standard_normal(number[-1] + 2)
     phase = cycles - number
-    phase = phase + (wobble[number] * (1 - phase) + wobble[number + 1] * phase)  # cycle ends move, phase stays continuous
+    phase = phase + (
+        wobble[number] * (1 - phase) + wobble[number + 1] * phase
+    )  # cycle ends move, phase stays continuous
     opened, closed = 0.4, 0.16
     t = np.arange(2048) / 2048
     flow = np.where(t < opened, 0.5 - 0.5 * np.cos(np.pi * t / opened), np.cos(0.5 * np.pi * (t - opened) / closed))

@@ -56,7 +56,7 @@ def clip_gradients(config: OptimizerConfig) -> optax.GradientTransformation:
         return ClipState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         limit = norm_limit(norm, state.count, config)
         scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
         return jax.tree.map(lambda g: g * scale, updates), ClipState(state.count + 1)

@@ -61,7 +61,7 @@ def make_step(losses: Losses, draw: Callable, config: TrainConfig, shardings: Tr
 
         gradients, values = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.trained), parts)
         gradients = jax.tree.map(lambda g: g / config.optimizer.accumulate, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, slots = optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         ema = state.ema and jax.tree.map(lambda e, x: e + (1 - config.optimizer.ema) * (x - e), state.ema, trained)
