@@ -46,6 +46,20 @@ def generate(
         command.run(order)
 
 
+@app.command()
+def train(
+    config: Annotated[str, typer.Option(help="A training config: a name in configs/, NAME:VARIANT, or a file.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, samples and weights.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: steps=100.")] = None,
+):
+    """Train a network as a config says."""
+    from kavatar_jax.training import command
+
+    with _speaking_plainly():
+        command.run(config=config, out=out, resume=resume, fields=tuple(set_ or ()))
+
+
 @contextlib.contextmanager
 def _speaking_plainly():
     """One line and exit 2 for whatever the user can mend, 1 for a disk that failed, 130 when interrupted."""

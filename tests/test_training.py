@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -15,7 +17,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from PIL import Image
 
@@ -26,6 +27,7 @@ from kavatar_jax.checkpoint.store import Store
 from kavatar_jax.diffusion.flow import add_noise, target_velocity
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import probe, write_video
+from kavatar_jax.models import vae
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.mesh import make_mesh
@@ -35,7 +37,7 @@ from kavatar_jax.training import data, encode, events, flops, loop, objective, o
 from kavatar_jax.training.command import run as run_command
 from kavatar_jax.training.config import Bucket, DataConfig, LoRAConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
 from kavatar_jax.training.prepare import prepare
-from kavatar_jax.types import Speech, silent
+from kavatar_jax.types import silent
 from tests.conftest import GOLDEN
 from tools.reference import loss
 from tools.reference.synthetic_weights import Fixture
@@ -427,15 +429,15 @@ def test_flops_of_published_sizes():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with weights, a byte tokenizer and 24 prepared clips, and the config of a run of 6 steps from them."""
+    """A folder with weights, a byte tokenizer and 40 prepared clips, and the config of a run of 6 steps from them."""
     folder = tmp_path_factory.mktemp("world")
     tiny = train_tiny.config()
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        fan = np.prod(leaf.shape[:-1])
-        ones = path[-1].key == "scale"
-        return np.ones(leaf.shape, np.float32) if ones else rng.standard_normal(leaf.shape, np.float32) * fan**-0.5
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        return rng.standard_normal(leaf.shape, np.float32) * np.float32(np.prod(leaf.shape[:-1]) ** -0.5)
 
     for name in ("dit", "text"):
         part = getattr(tiny.model, name)
@@ -443,7 +445,7 @@ def world(tmp_path_factory):
         files.save_component(params, part, folder / "weights" / name)
     (folder / "weights" / "tokenizer").mkdir()
     (folder / "weights" / "tokenizer" / "config.json").write_text('{"kind": "bytes"}')
-    write_prepared(folder / "clips", tiny.data.buckets[0], count=24)
+    write_prepared(folder / "clips", tiny.data.buckets[0], count=40)
     return replace(
         tiny,
         steps=6,
@@ -480,7 +482,11 @@ def saved(out: Path, step: int):
     """A checkpoint's arrays by path, on the host."""
     from orbax.checkpoint import v1 as ocp
 
-    tree = ocp.load(out / "checkpoints" / str(step), checkpointable_name="state")
+    folder = out / "checkpoints" / str(step)
+    known = ocp.metadata(folder, checkpointable_name="state").metadata
+    tree = ocp.load(
+        folder, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), known), checkpointable_name="state"
+    )
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -608,3 +614,189 @@ def test_numbers_that_blow_up_stop_the_run(world, straight, tmp_path):
 def test_a_folder_with_checkpoints_is_not_written_over(world, straight):
     with pytest.raises(ValueError, match="--resume"):
         loop.train(world, straight, resume=False)
+
+
+# slower: programs of their own
+
+
+WORKER = """
+import pickle, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pathlib import Path
+from kavatar_jax.training import data, loop
+if int(sys.argv[2]) == 1 and sys.argv[5]:  # only one of the two is asked to stop
+    import os, signal
+    following = data.Loader.__next__
+    def next_one(loader):
+        if loader.position == int(sys.argv[5]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return following(loader)
+    data.Loader.__next__ = next_one
+config = pickle.loads(Path(sys.argv[3]).read_bytes())
+print(loop.train(config, Path(sys.argv[4]), resume=True))
+"""
+
+
+def run_two_processes(config, out: Path, *, stop: str = "") -> list[int]:
+    """Train on two processes of four devices each; how far each says that it came."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    (out / "config.pickle").write_bytes(pickle.dumps(config))
+    command = [sys.executable, "-c", WORKER, address]
+    rest = [str(out / "config.pickle"), str(out), stop]
+    root = Path(__file__).parents[1]
+    running = [
+        subprocess.Popen([*command, str(i), *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=900) for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(error[-3000:] for _, error in told)
+    return [int(said.split()[-1]) for said, _ in told]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(world, straight, tmp_path):
+    """Two processes of four devices, stopped by a signal to one of them and gone on with, against one of eight."""
+    stopped = run_two_processes(world, tmp_path, stop="2")
+    assert stopped[0] == stopped[1] and 3 <= stopped[0] < 6
+    assert run_two_processes(world, tmp_path) == [6, 6]
+    one, two = lines(straight), lines(tmp_path)
+    for step in range(1, 7):
+        for name in ("loss", "lip_error", "gradient_norm"):
+            assert two[step][name] == pytest.approx(one[step][name], rel=2e-5), (step, name)
+    ours, theirs = saved(tmp_path, 6), saved(straight, 6)
+    for path, leaf in ours.items():
+        np.testing.assert_allclose(leaf, theirs[path], rtol=1e-3, atol=1e-5, err_msg=path)
+    assert (tmp_path / "weights" / "dit" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["adapter", "director", "lora"])
+def test_only_what_is_named_learns(world, tmp_path, variant, monkeypatch):
+    asked = getattr(train_tiny, variant)()
+    folder = tmp_path / "clips"
+    shutil.copytree(world.data.folder, folder)
+    rng = np.random.default_rng(0)
+    for file in folder.glob("*/*.npz"):
+        np.savez(file, **np.load(file), director=rng.standard_normal((5, 12)).astype(np.float16))
+    config = replace(world, trained=asked.trained, data=replace(world.data, folder=str(folder)), steps=3)
+    config = replace(config, optimizer=replace(config.optimizer, accumulate=1, warmup=0, ema=0.0))
+    before, frozen = {}, {}
+
+    def begin(config, components, mesh, begun=loop.begin):
+        found = begun(config, components, mesh)
+        before.update(flatten(jax.device_get(found[0].trained)))
+        frozen.update(flatten(found[1]))
+        return found
+
+    monkeypatch.setattr(loop, "begin", begin)
+    loop.train(config, tmp_path, resume=False)
+    stored = dict(flatten(files.load_component(
+        tmp_path / "weights" / "dit", abstract("dit", world.model.dit),
+        jax.tree.map(lambda _: replicated(make_mesh(**SIZES)), abstract("dit", world.model.dit)),
+    )))  # fmt: skip
+    start = files.Tensors(Path(world.weights) / "dit" / "model.safetensors")
+    changed = {path for path, leaf in stored.items() if np.abs(np.asarray(leaf) - start[path]).max() > 0}
+    if variant == "lora":
+        linears = {path.removeprefix("lora/dit/").removesuffix("/up") for path in before if path.endswith("/up")}
+        assert len(linears) > 8 and not any("audio" in path for path in linears)
+        assert {f"{path}/kernel" for path in linears} <= changed
+        assert {path for path in changed if "audio" not in path} == {f"{path}/kernel" for path in linears}
+    else:
+        named = {path.removeprefix("params/dit/") for path in before}
+        assert changed <= named and len(changed) >= len(named) - 1  # a bias of keys moves nothing
+    assert not before.keys() & frozen.keys()
+
+
+@pytest.mark.slow
+def test_buckets_of_two_lengths_and_audio_over_the_clip(world, tmp_path):
+    """Each length has one program, or two where audio attention is drawn; the guard would stop a third."""
+    long, short = world.data.buckets[0], replace(world.data.buckets[0], frames=5, weight=0.5)
+    folder = tmp_path / "clips"
+    shutil.copytree(world.data.folder, folder)
+    about = (folder / "about.json").read_text()
+    write_prepared(folder, short, count=16)
+    (folder / "about.json").write_text(about)
+    objective = replace(world.objective, clip_level=0.5)
+    config = replace(world, data=replace(world.data, folder=str(folder), buckets=(long, short)), objective=objective)
+    loader = data.Loader(config.data, lambda *_: None, 25, make_mesh(**SIZES))
+    assert [batch.bucket.frames for batch in take(loader, 6)].count(5) == 2
+    drawn = {(batch.bucket.frames, loop.draw_clip_level(config, n + 1)) for n, batch in enumerate(
+        take(data.Loader(config.data, lambda *_: None, 25, make_mesh(**SIZES)), 6))}  # fmt: skip
+    assert len(drawn) > 2
+    assert loop.train(config, tmp_path / "out", resume=False) == 6
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "out").values())
+
+
+@pytest.mark.slow
+def test_from_nothing_to_weights_on_puppets(tmp_path):
+    """The command, from a config's name: networks drawn anew, the text encoder learning too, samples on the way."""
+    run_command(config="train_tiny:watched", out=tmp_path, fields=("steps=5", "mesh.data=8"))
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["dit", "text", "tokenizer"]
+    assert probe(tmp_path / "samples" / "000005_0.mp4").frames == 9
+    info = probe(tmp_path / "samples" / "000005_0.mp4")
+    assert (info.width, info.height, info.has_audio) == (64, 32, True)
+    sheet = np.asarray(Image.open(tmp_path / "samples" / "000005.png"))
+    assert sheet.shape == (2 * 8 * 32, 8 * 32, 3) and sheet.std() > 10
+    assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_prepared_clips_are_the_encoded_ones(tmp_path):
+    tiny = replace(train_tiny.config(), mesh=MeshConfig(data=8))
+    prepare(tiny, tmp_path, count=8, report=silent)
+    assert json.loads((tmp_path / "about.json").read_text())["learning"] == ["text"]
+    mesh = make_mesh(data=8)
+    with jax.set_mesh(mesh):
+        task = loop.open_task(tiny, mesh)
+        _, frozen, _ = state.begin(tiny, task.components, mesh)
+        batch = next(data.Loader(tiny.data, task.row, 25, mesh))
+        fresh = jax.device_get(task.encode(task.prepare(frozen), batch.clips))
+    config = replace(tiny.data, source="prepared", folder=str(tmp_path))
+    read = jax.device_get(next(data.Loader(config, task.row, 25, mesh)))
+    order = [int(name.rsplit("/", 1)[1]) for name in read.names]  # puppets come in order, files shuffled
+    for name in ("latents", "face", "lip", "speech", "text"):
+        np.testing.assert_allclose(getattr(read.clips, name), getattr(fresh, name)[order], rtol=2e-3, atol=2e-3)
+    files_of = [dict(np.load(tmp_path / "32x32x9" / f"{i:08d}.npz")) for i in range(8)]
+    for i, found in enumerate(files_of):
+        last = int(batch.clips.last[i])
+        np.testing.assert_allclose(found["conditions"][last], fresh.condition[i], rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="prepare it again"):
+        loop.train(replace(tiny, data=replace(config, portrait=0.5)), tmp_path / "out", resume=False)
+    with pytest.raises(ValueError, match="learning the encoders"):
+        trained = kinds.TrainedConfig(patterns=kinds.EVERYTHING)
+        loop.train(replace(tiny, data=config, trained=trained), tmp_path / "out", resume=False)
+
+
+@pytest.mark.slow
+def test_the_autoencoder_learns_and_measures_its_latents(tmp_path):
+    config = train_tiny.vae()
+    config = replace(config, steps=30, optimizer=replace(config.optimizer, accumulate=1, warmup=0, learning_rate=5e-3))
+    config = replace(config, mesh=MeshConfig(data=8), checkpoint=kinds.CheckpointConfig(every=30, keep=1))
+    assert loop.train(config, tmp_path, resume=False) == 30
+    found = lines(tmp_path)
+    assert np.mean([found[n]["error"] for n in range(26, 31)]) < 0.7 * found[1]["error"]
+    stored = files.read_config(tmp_path / "weights" / "vae", type(config.model.vae))
+    shape = abstract("vae", stored)
+    places = jax.tree.map(lambda _: replicated(make_mesh(data=8)), shape)
+    params = files.load_component(tmp_path / "weights" / "vae", shape, places)
+    clips = next(data.Loader(config.data, data.footage_row, 25, make_mesh(data=8), position=100)).clips
+    mean, _ = jax.jit(lambda p, v: vae.encode(p, v / 127.5 - 1, stored))(params, clips.video.astype(jnp.float32))
+    assert np.all(np.abs(np.asarray(mean).mean(axis=(0, 1, 2, 3))) < 0.5)
+    np.testing.assert_allclose(np.asarray(mean).std(axis=(0, 1, 2, 3)), 1, atol=0.4)
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_batches():
+    mesh = make_mesh(**SIZES)
+    alone = take(data.Loader(PUPPETS, puppet_row(), 25, mesh), 2)
+    helped = take(data.Loader(replace(PUPPETS, workers=1), puppet_row(), 25, mesh), 2)
+    for one, two in zip(alone, helped, strict=True):
+        assert one.names == two.names
+        jax.tree.map(np.testing.assert_array_equal, one.clips, two.clips)

@@ -82,6 +82,8 @@ def read_order(order: Order) -> Config:
     if order.mode not in MODES:
         raise ValueError(f"--mode {order.mode} is not one of {', '.join(MODES)}")
     config = load_config(order.config or ("demo" if order.weights is None else "stableavatar"))
+    if not isinstance(config, Config):
+        raise ValueError(f"--config {order.config} describes a training run; `kavatar train` takes it")
     fields = []
     if order.size:
         try:

@@ -129,12 +129,14 @@ def placements(
 
 
 def layers_as_in(shapes: Mapping[str, tuple[int, ...]], rows: list[Row], params: Params) -> dict[str, Shape]:
-    """The shapes of `params`, path -> shape, with every stack as deep as it is in a file."""
+    """The shapes of `params`, path -> shape, with every stack as deep as it is in a file that has any of it."""
     flat, depths = {path: Shape(tuple(leaf.shape)) for path, leaf in flatten(params).items()}, _depths(rows, shapes)
     for row in rows:
         if "{}" in row.key:
-            layers = _layers(row.key, depths)
-            flat |= {path: Shape((layers, *flat[path].shape[1:])) for path in _expand(row.path) if path in flat}
+            paths = [path for path in _expand(row.path) if path in flat]
+            flat |= {
+                path: Shape((_layers(row.key, depths) or flat[path].shape[0], *flat[path].shape[1:])) for path in paths
+            }
     return flat
 
 
@@ -183,7 +185,7 @@ def to_torch(params: Params, rows: list[Row]) -> Iterator[tuple[str, np.ndarray]
         for slot in slots:
             leaf = flat[slot.path]
             parts.append(backward(slot.layout, np.asarray(leaf if slot.layer is None else leaf[slot.layer])))
-        yield spellings[0], np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        yield spellings[0], np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
 
 
 def forward(layout: str, tensor: np.ndarray) -> np.ndarray:

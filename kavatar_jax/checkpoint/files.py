@@ -54,6 +54,9 @@ class Tensors(Mapping):
         """A copy of a slice of one tensor; only its own bytes are read."""
         return np.array(self._home[name].read(name)[index], order="C")
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 
@@ -64,7 +67,7 @@ class Tensors(Mapping):
 class SafetensorsWriter:
     """A safetensors file of tensors known by name, shape and dtype, filled in any order through `write`.
 
-    Nothing bears the final name until `close`; leaving the `with` block by an exception removes what was written.
+    To be used in a `with` block: nothing bears the final name until it has ended well, nothing is left if it has not.
     """
 
     def __init__(
@@ -95,20 +98,18 @@ class SafetensorsWriter:
         self._file.write(values.reshape(-1).view(np.uint8).data)
         self._left -= values.nbytes
 
-    def close(self) -> None:
-        assert not self._left, f"{self._left} bytes of {self._path} were not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._path)
-
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                assert not self._left, f"{self._left} bytes of {self._path} were not written"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._partial, self._path)
+        finally:
             self._partial.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # a full disk, which has been said
                 self._file.close()

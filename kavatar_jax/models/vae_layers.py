@@ -35,8 +35,9 @@ class ChannelNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        length = jax.lax.rsqrt(jnp.maximum(squares, 1e-24))  # the length is held above 1e-12
-        return x * length * (scale.astype(jnp.float32) * x.shape[-1] ** 0.5)
+        # a length below 1e-12 counts as 1e-12; a vector that short has no direction, so no gradient goes through it
+        x = jnp.where(squares > 1e-24, x, jax.lax.stop_gradient(x))
+        return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24)) * (scale.astype(jnp.float32) * x.shape[-1] ** 0.5)
 
 
 class ResBlock(nn.Module):

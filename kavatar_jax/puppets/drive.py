@@ -2,8 +2,8 @@
 
 No phones are known here, only sound: a mouth opens with the level of the voice, further when the band of open vowels'
 first formant (800-1700 Hz) outweighs that of closed ones (200-500 Hz), and spreads when the band of front vowels'
-second formant (1900-3400 Hz) outweighs that of rounded ones (900-1500 Hz). Against the puppets' own truth, in noisy rooms, the
-opening correlates at about 0.80 (the level alone: 0.68) and the width at about 0.6; on real speech expect less.
+second formant (1900-3400 Hz) outweighs that of rounded ones (900-1500 Hz). Against the puppets' own truth, in rooms
+of all kinds, the opening correlates at 0.83 (loudness alone: 0.75) and the width at 0.58; expect less of real speech.
 """
 
 import numpy as np
@@ -59,12 +59,8 @@ def _level(voice: np.ndarray) -> np.ndarray:
     reach = int(_REACH * SAMPLE_RATE / _HOP)
     centres = np.arange(0, len(voice) + reach // 3, reach // 3)
     around = [voice[max(c - reach, 0) : c + reach] for c in centres]
-    floor = np.interp(
-        np.arange(len(voice)), centres, [np.percentile(part, 10) if len(part) else voice[-1] for part in around]
-    )
-    peak = np.interp(
-        np.arange(len(voice)), centres, [np.percentile(part, 95) if len(part) else voice[-1] for part in around]
-    )
+    spans = [np.percentile(part if len(part) else voice[-1:], (10, 95)) for part in around]
+    floor, peak = (np.interp(np.arange(len(voice)), centres, values) for values in np.transpose(spans))
     return np.clip((voice - floor - 4) / np.maximum(peak - floor - 4, 14), 0, 1)
 
 

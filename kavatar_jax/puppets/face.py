@@ -171,7 +171,7 @@ def _brow(head: Head, side: int):
 
 def _nose(head: Head):
     """A button that stands out from the face, so that it leads when the head turns."""
-    identity, skin, size = head.identity, np.asarray(head.identity.skin), head.identity.nose_size
+    skin, size = np.asarray(head.identity.skin), head.identity.nose_size
     x, y = head.place(0, 0.1, 1.22)
     window = head.window(x, y, 1.8 * size)
     u, v = window.x - x, window.y - y

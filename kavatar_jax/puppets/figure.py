@@ -7,6 +7,8 @@ from kavatar_jax.puppets.shapes import Canvas, Window, between, disc, soft, stro
 from kavatar_jax.puppets.state import Pose
 
 SHOULDERS = 0.7  # height of the neckline
+_FINGERS = ((-0.075, -0.105, -0.265), (-0.025, -0.035, -0.315), (0.028, 0.036, -0.3), (0.078, 0.1, -0.235))
+"""x of the knuckle, x and y of the tip, from the wrist."""
 
 
 def paint_body(canvas: Canvas, identity: Identity, pose: Pose):
@@ -46,12 +48,7 @@ def paint_hand(canvas: Canvas, identity: Identity, pose: Pose):
     x, y, px = hand.x * side, hand.y, window.px
     palm = np.maximum(disc(x, y + 0.02, 0.115, 0.13, px), stroke(x, y, 0, 0.02, 0, 0.2, 0.075, px))
     cover = np.maximum(palm, stroke(x, y, -0.08, 0.02, -0.185, -0.1, 0.036, px))
-    for base, tip_x, tip_y in (
-        (-0.075, -0.105, -0.265),
-        (-0.025, -0.035, -0.315),
-        (0.028, 0.036, -0.3),
-        (0.078, 0.1, -0.235),
-    ):
+    for base, tip_x, tip_y in _FINGERS:
         cover = np.maximum(cover, stroke(x, y, base, -0.06, tip_x, tip_y, 0.031, px))
     canvas.paint(window, cover, skin, 0.98 - 0.2 * y)
     lines = np.maximum(

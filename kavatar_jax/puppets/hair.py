@@ -13,9 +13,10 @@ from kavatar_jax.puppets.shapes import Window, disc, soft, step, stroke
 
 @dataclass(frozen=True)
 class _Cut:
-    """swell, rise: the ball of hair against that of the face; line: height of the hairline at the brow (-1 crown, 1
-    chin); fall: how much lower it runs at the temples; skew: how much lower on one side; curtain: hair beside the
-    cheeks; nape: how fast it falls behind the ears; waves, depth: locks along the hairline; bumps, bulge: locks along the outline; back: what hangs behind."""
+    """swell, rise: the ball of hair against that of the face; line: height of the hairline in the middle (-1 crown,
+    1 chin); fall: how much lower it runs at the temples; skew: how much lower on one side; curtain: hair beside the
+    cheeks; waves, depth: locks along the hairline; bumps, bulge: locks along the outline; nape: how fast the hairline
+    falls behind the ears; back: what hangs behind."""
 
     swell: float = 1.08
     rise: float = 0.03

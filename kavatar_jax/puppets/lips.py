@@ -70,10 +70,8 @@ def _fit_lips(rest: np.ndarray) -> tuple[np.ndarray, Identity]:
     look = sample_identity(0)
     shut = np.zeros((1, len(SHAPE)))
     seen = _blurred(rest[None], _BLURS[0])[0]
-    flat = np.zeros_like(rest)
-    mouth = ndimage.binary_dilation(
-        _draw(flat, replace(look, mouth_width=0.155, lip_fullness=0.026), shut)[0].max(-1) > 0.03
-    )
+    usual = _draw(np.zeros_like(rest), replace(look, mouth_width=0.155, lip_fullness=0.026), shut)[0]
+    mouth = ndimage.binary_dilation(usual.max(-1) > 0.03)
     skin, cover = rest, rest
     for _ in range(2):
         skin, least = _without(rest, mouth), np.inf

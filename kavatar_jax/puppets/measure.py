@@ -113,15 +113,12 @@ def _hand(video: np.ndarray, still: np.ndarray, tracks: Tracks) -> np.ndarray:
     skin = np.median(_unwarp(still[None], at_rest(1), _cheeks())[0], 0)
     sides = []
     for side in (-1, 1):
-        points = np.stack([side * x.ravel(), y.ravel()])
-        before = np.linalg.norm(
-            align.sample(still, through_camera(points, (1.0, 0.0, 0.0), still.shape)) - skin, axis=1
-        )
-        seen = np.stack(
-            [align.sample(f, through_camera(points, c, f.shape)) for f, c in zip(video, tracks.camera, strict=True)]
-        )
-        nearer = np.clip(1 - np.linalg.norm(seen - skin, axis=2) / np.maximum(before, 0.05), 0, 1)
-        sides.append(nearer.mean(1))
+        points, size = np.stack([side * x.ravel(), y.ravel()]), still.shape
+        before = align.sample(still, through_camera(points, (1.0, 0.0, 0.0), size))
+        views = zip(video, tracks.camera, strict=True)
+        seen = np.stack([align.sample(frame, through_camera(points, camera, size)) for frame, camera in views])
+        unlike = np.maximum(np.linalg.norm(before - skin, axis=1), 0.05)
+        sides.append(np.clip(1 - np.linalg.norm(seen - skin, axis=2) / unlike, 0, 1).mean(1))
     return np.clip(np.max(sides, 0) / 0.36, 0, 1)  # a raised hand covers some 36 % of the region
 
 

@@ -128,9 +128,8 @@ def _glance(track, times, rng):
 
 def _feel(track, times, script: Script, rng):
     """The emotion on mouth and brows, swelling and ebbing a little."""
-    mood = {"smile": rng.uniform(0.6, 0.95), "neutral": rng.uniform(-0.08, 0.12), "frown": rng.uniform(-0.95, -0.6)}[
-        script.emotion
-    ]
+    low, high = {"smile": (0.6, 0.95), "neutral": (-0.08, 0.12), "frown": (-0.95, -0.6)}[script.emotion]
+    mood = rng.uniform(low, high)
     rise = _ease(np.clip(times / 0.6, 0, 1)) if rng.random() < 0.3 else 1.0
     track["smile"][:] = mood * rise + 0.08 * _wander(times, 1.8, rng)
     angry = script.emotion == "frown" and script.arousal > 0.55

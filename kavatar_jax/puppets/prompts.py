@@ -74,7 +74,10 @@ _VERBS = (
 
 def describe(identity: Identity, script: Script, rng: np.random.Generator) -> str:
     """One or more sentences that name the person, the emotion, every action in order and the camera's move."""
-    pick = lambda options: str(options[rng.integers(len(options))])  # noqa: E731
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[rng.integers(len(options))]
+
     who = _who(identity, rng)
     feeling = pick(_FEELINGS[script.emotion])
     manner = pick(_MANNERS["low" if script.arousal < 0.3 else "high" if script.arousal > 0.7 else "middle"])

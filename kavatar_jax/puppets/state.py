@@ -57,7 +57,7 @@ class Pose:
 
     def __init__(self, state: np.ndarray):
         for name, values in zip(COLUMNS, state.T, strict=True):
-            setattr(self, name, np.float32(values)[:, None, None])
+            setattr(self, name, np.asarray(values, np.float32)[:, None, None])
         self.tilt = np.radians(self.roll)
         self.head_scale = 1 + np.float32(0.1) * self.lean
         self.neck_x = self.sway_x

@@ -156,18 +156,13 @@ def _throat(formants: np.ndarray, nasal: np.ndarray, voice: Voice) -> np.ndarray
     return np.concatenate([sections, pole], 1)
 
 
-def _resonators(centres: np.ndarray, widths: np.ndarray, *, unit_peak: bool = False) -> np.ndarray:
-    """(n, sections, 6) second-order sections with poles at the centres; gain 1 at 0 Hz, or about 1 at the peak."""
+def _resonators(centres: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """(..., sections, 6) second-order sections with poles at the centres, in Hz, of gain 1 at 0 Hz."""
     radius = np.exp(-np.pi * widths / SAMPLE_RATE)
     a1 = -2 * radius * np.cos(2 * np.pi * centres / SAMPLE_RATE)
     a2 = radius**2
-    gain = (
-        (1 - radius) * np.sqrt(1 - 2 * radius * np.cos(4 * np.pi * centres / SAMPLE_RATE) + a2)
-        if unit_peak
-        else 1 + a1 + a2
-    )
-    zeros = np.zeros_like(a1)
-    return np.stack([gain, zeros, zeros, np.ones_like(a1), a1, a2], -1)
+    zero = np.zeros_like(a1)
+    return np.stack([1 + a1 + a2, zero, zero, np.ones_like(a1), a1, a2], -1)
 
 
 def _filter(source: np.ndarray, sections: np.ndarray) -> np.ndarray:
@@ -189,8 +184,9 @@ def _turbulence(bursts, loudness: np.ndarray, rng) -> np.ndarray:
         level = np.zeros(stop - start)
         level[first - start : last - start] = 0.022 * amplitude
         noise = rng.standard_normal((stop - start) * _STEP) * _per_sample(_smooth(level, 3) * loudness[start:stop])
-        sections = _resonators(np.array([[band[0]]]), np.array([[band[1]]]), unit_peak=True)[0]
-        out[start * _STEP : stop * _STEP] += signal.sosfilt(np.repeat(sections, 2, 0), noise)
+        section = _resonators(np.array([band[0]]), np.array([band[1]]))
+        section[:, :3] /= np.abs(signal.freqz_sos(section, [band[0]], fs=SAMPLE_RATE)[1])
+        out[start * _STEP : stop * _STEP] += signal.sosfilt(np.repeat(section, 2, 0), noise)
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from kavatar_jax.config import Config
 from kavatar_jax.media.image import resize
@@ -73,6 +74,8 @@ class Loader:
         options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.ahead)
         stream = mixed[position:].to_iter_dataset(options)
         if config.workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads some of its own, whether or not the program has any
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers))
         self._stream = iter(stream)
 

@@ -1,5 +1,6 @@
 """What was learnt as a weights directory: one folder per network, LoRA folded in, ready for `kavatar generate`."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,10 +15,11 @@ from kavatar_jax.training.state import fold_lora
 from kavatar_jax.types import Params
 
 
-def export(model: Config, components: frozenset[str], whole: Params, folder: Path) -> None:
+def export(model: Config, components: frozenset[str], whole: Params, folder: Path, *, start: str) -> None:
     """Write those components, in the dtype that the model stores. whole: {"params": ..., "lora": ...}, by component.
 
-    Every process has to call it; the first one writes.
+    start: the weights directory that training began from, "" for none; a text encoder takes its tokenizer along, which is
+    plain bytes where there was none. Every process has to call this; the first one writes.
     """
     for name in sorted(components):
         config = getattr(model, name)
@@ -27,7 +29,17 @@ def export(model: Config, components: frozenset[str], whole: Params, folder: Pat
         arrays = {path: _on_host(leaf, config.param_dtype) for path, leaf in flatten(params).items()}
         if jax.process_index() == 0:
             save_component(unflatten(arrays), config, folder / name)
+    if "text" in components and jax.process_index() == 0:
+        _take_tokenizer(folder / "tokenizer", start)
 
 
 def _on_host(leaf, dtype: str) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf.astype(jnp.dtype(dtype)), tiled=True))
+
+
+def _take_tokenizer(folder: Path, start: str) -> None:
+    if start:
+        shutil.copytree(Path(start) / "tokenizer", folder, dirs_exist_ok=True)
+        return
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"kind": "bytes"}\n')

@@ -7,8 +7,9 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import chex
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from kavatar_jax.checkpoint.bridge import flatten
 from kavatar_jax.checkpoint.store import Store
@@ -35,6 +36,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool) -> int:
     the newest checkpoint, if there is one, on whatever mesh. ValueError for what the config asks for and cannot be;
     Diverged, with the step and its clips, when numbers blow up: the last good state is saved before.
     """
+    chex.clear_trace_counter()  # counts programs by their source, and so over all runs of a process
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Store(out / "checkpoints", keep=config.checkpoint.keep) as store:
         task = open_task(config, mesh)
@@ -61,9 +63,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool) -> int:
                 if watch.stop:
                     log.word(f"asked to stop: step {done} is saved, go on with --resume")
                     return done
-        export(
-            task.settle(join(best(state), frozen), batches), task.learning, join(best(state), frozen), out / "weights"
-        )
+        whole = join(best(state), frozen)
+        export(task.settle(whole, batches), task.learning, whole, out / "weights", start=config.weights)
     return config.steps
 
 
@@ -104,7 +105,7 @@ class Watch:
 
     def _give_up(self, done: int, loaded: Loaded, state: TrainState) -> None:
         good = int(state.step)
-        healthy = jax.device_put(jnp.ones((), bool), state.healthy.sharding)
+        healthy = jax.device_put(np.ones((), bool), state.healthy.sharding)
         self._store.save(good, state._replace(healthy=healthy), {"position": loaded.number})
         self._store.wait()
         raise Diverged(

@@ -1,9 +1,17 @@
-"""Timing two ways of doing one thing, side by side: on a busy machine only the ratio of neighbouring runs means much."""
+"""Timing ways of doing one thing side by side: on a busy machine only the ratio of neighbouring runs means much."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+
+class Ratio(NamedTuple):
+    """How many times as long one way takes as another: the median of the rounds, the smallest and the largest."""
+
+    median: float
+    low: float
+    high: float
 
 
 class Paired(NamedTuple):
@@ -16,17 +24,28 @@ class Paired(NamedTuple):
 
 
 def paired(ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int) -> Paired:
-    """Run both in turns, first one leading and then the other; each must block until its result is there.
+    """Time two ways in turns."""
+    seconds = in_turns({"ours": ours, "theirs": theirs}, rounds=rounds)
+    median, low, high = ratio(seconds["ours"], seconds["theirs"])
+    return Paired(*(statistics.median(values) for values in seconds.values()), median, (low, high))
 
-    One round is run before the clock starts.
+
+def in_turns(ways: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round; each must block until its result is there.
+
+    A first round is not counted, and every other round runs backwards, so that none profits from its place.
     """
-    seconds: tuple[list[float], list[float]] = [], []
-    for i in range(-1, rounds):
-        for side in (0, 1) if i % 2 else (1, 0):
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name in list(ways) if i % 2 else reversed(list(ways)):
             started = time.perf_counter()
-            (ours, theirs)[side]()
-            if i >= 0:
-                seconds[side].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(*seconds, strict=True)]
-    medians = (statistics.median(side) for side in seconds)
-    return Paired(*medians, statistics.median(ratios), (min(ratios), max(ratios)))
+            ways[name]()
+            if i:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(one: list[float], other: list[float]) -> Ratio:
+    """one / other, round by round."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
