@@ -44,9 +44,8 @@ def test_gradients_on_cpu_are_those_of_jax(stride, padding, height, width):
     x, kernel = draw(2, 3, height, width, 5), draw(3, 3, 5, 4)
 
     def plain(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x.reshape(-1, *x.shape[2:]), kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )  # fmt: skip
+        x, letters = x.reshape(-1, *x.shape[2:]), ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), (padding, padding), dimension_numbers=letters)
 
     ours, back = jax.vjp(partial(conv.conv_frames, dtype="float32", stride=stride, padding=padding), x, kernel)
     theirs, back_plain = jax.vjp(plain, x, kernel)
@@ -87,4 +86,4 @@ def test_time_convolution_is_its_definition(stride, frames):
     params = {"params": {"kernel": kernel, "bias": jnp.zeros(5)}}
     starts = range(0, frames - 2, stride)
     expected = np.stack([sum(np.asarray(x[:, s + t]) @ kernel[t] for t in range(3)) for s in starts], axis=1)
-    np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(layer.apply(params, x)), expected, atol=1e-5)

@@ -439,7 +439,8 @@ def test_read_configs_refuses(converted, tmp_path):
         read_configs(folder, config)
     (folder / "vae" / "config.json").write_text('{"width": 8}')
     with pytest.raises(
-        ValueError, match="vae/config.json does not describe a VAEConfig: it has no blocks, .*convert vae again"
+        ValueError,
+        match="vae/config.json does not describe a VAEConfig: it has no latent_channels, .*convert vae again",
     ):
         read_configs(folder, config)
     (folder / "vae" / "config.json").unlink()

@@ -83,7 +83,9 @@ def test_golden():
 )
 def test_golden_notices_one_wrong_tensor(monkeypatch, case, wrong):
     true = reference.synthesize_tensor
-    monkeypatch.setattr(reference, "synthesize_tensor", lambda key, *rest: true(key, *rest) * (1 + 0.01 * (key == wrong)))
+    monkeypatch.setattr(
+        reference, "synthesize_tensor", lambda key, *rest: true(key, *rest) * (1 + 0.01 * (key == wrong))
+    )
     alone = Fixture(FIXTURE.folder)
     alone.meta["cases"] = {case: FIXTURE.meta["cases"][case]}
     with pytest.raises(AssertionError, match="exceeds"):
@@ -221,13 +223,25 @@ def test_bfloat16_stays_close(small):
 
 
 def test_same_numbers_on_a_mesh(small):
-    video = np.random.default_rng(9).uniform(-1, 1, (4, 5, 8, 16, 3)).astype(np.float32)
+    video = np.random.default_rng(9).uniform(-1, 1, (4, 5, 24, 32, 3)).astype(np.float32)
     alone = through(small, video, TWO_LEVELS, None)
     devices = mesh.make_mesh(2, 2, 2, 1)
     with jax.set_mesh(devices):
         spread = through(jax.device_put(small, partition(small, vae.AXES, devices)), video, TWO_LEVELS, None)
     for ours, theirs in zip(spread, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_streaming_on_a_mesh_takes_two_programs(small):
+    latents = np.random.default_rng(11).standard_normal((5, 4, 6, 4)).astype(np.float32)
+    alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
+    devices = mesh.make_mesh(2, 2, 2, 1)
+    vae._decode_chunk.clear_cache()
+    with jax.set_mesh(devices):
+        placed = jax.device_put(small, partition(small, vae.AXES, devices))
+        spread = np.concatenate(list(vae.decode_stream(placed, latents, TWO_LEVELS, pixels="float32")))
+        assert vae._decode_chunk._cache_size() == 2
+    np.testing.assert_allclose(spread, alone, atol=1e-5)
 
 
 def test_channel_norm_is_a_length():
@@ -259,7 +273,9 @@ def test_config_of_reads_the_shapes():
     other = replace(FOUR_LEVELS, multipliers=(1, 2, 3, 5), temporal=(True, False, True))
     named = {"latents_mean": STATISTICS["latent_mean"], "latents_std": list(STATISTICS["latent_std"])}
     assert vae.config_of(reference_shapes(vae.TORCH, abstract(other)), named) == other
-    assert vae.config_of(reference_shapes(vae.TORCH, abstract(replace(TWO_LEVELS, blocks=2))), named).temporal == (True,)
+    assert vae.config_of(reference_shapes(vae.TORCH, abstract(replace(TWO_LEVELS, blocks=2))), named).temporal == (
+        True,
+    )
     with pytest.raises(ValueError, match="4 latent channels, and latents_mean 16"):
         vae.config_of(reference_shapes(vae.TORCH, abstract(other)), {})
     with pytest.raises(ValueError, match="does not hold"):

@@ -33,7 +33,7 @@ from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding, partition, replicated, spec
 from kavatar_jax.training import config as kinds
-from kavatar_jax.training import data, encode, events, flops, loop, objective, optimizer, state
+from kavatar_jax.training import data, encode, events, flops, loop, objective, optimizer, state, tasks
 from kavatar_jax.training.command import run as run_command
 from kavatar_jax.training.config import Bucket, DataConfig, LoRAConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
 from kavatar_jax.training.prepare import prepare
@@ -248,6 +248,21 @@ def test_checkpoints_keep_the_newest_and_are_read_onto_another_mesh(tmp_path):
     (tmp_path / "kept" / "9.orbax-checkpoint-tmp-1").mkdir()  # what a killed process leaves
     with Store(tmp_path / "kept", keep=2) as store:
         assert store.steps == [2, 3]
+
+
+def test_networks_are_as_the_weights_directory_describes_them(tmp_path):
+    tiny = replace(train_tiny.config(), weights=str(tmp_path), fresh=(r"(dit|text|speech)/.*",))
+    stored = replace(tiny.model.vae, latent_mean=(0.5,) * 16, dtype="bfloat16")
+    (tmp_path / "vae").mkdir()
+    files.write_config(tmp_path / "vae", stored)
+    assert state.drawn_anew(tiny) == {"dit", "text", "speech"}
+    assert state.drawn_anew(replace(tiny, weights="")) == set(COMPONENTS)
+    found = state.adopt(tiny).model
+    assert found.vae == replace(stored, dtype="float32")
+    assert (found.dit, found.text) == (tiny.model.dit, tiny.model.text)
+    assert isinstance(tasks.open_tokenizer(tiny), ByteTokenizer)  # its text encoder starts anew
+    with pytest.raises(ValueError, match="tokenizer"):
+        tasks.open_tokenizer(replace(tiny, fresh=(r"dit/.*",)))
 
 
 # the data
@@ -650,11 +665,9 @@ def run_two_processes(config, out: Path, *, stop: str = "") -> list[int]:
     (out / "config.pickle").write_bytes(pickle.dumps(config))
     command = [sys.executable, "-c", WORKER, address]
     rest = [str(out / "config.pickle"), str(out), stop]
-    root = Path(__file__).parents[1]
-    running = [
-        subprocess.Popen([*command, str(i), *rest], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-        for i in range(2)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(__file__).parents[1]}
+    programs = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    running = [subprocess.Popen([*command, str(i), *rest], text=True, env=programs, **pipes) for i in range(2)]
     told = [process.communicate(timeout=900) for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(error[-3000:] for _, error in told)
     return [int(said.split()[-1]) for said, _ in told]
@@ -742,8 +755,8 @@ def test_from_nothing_to_weights_on_puppets(tmp_path):
     assert probe(tmp_path / "samples" / "000005_0.mp4").frames == 9
     info = probe(tmp_path / "samples" / "000005_0.mp4")
     assert (info.width, info.height, info.has_audio) == (64, 32, True)
-    sheet = np.asarray(Image.open(tmp_path / "samples" / "000005.png"))
-    assert sheet.shape == (2 * 8 * 32, 8 * 32, 3) and sheet.std() > 10
+    with Image.open(tmp_path / "samples" / "000005.png") as sheet:
+        assert sheet.size == (8 * 32, 2 * 32) and np.asarray(sheet)[:32].std() > 10  # recorded above performed
     assert (tmp_path / "config.json").is_file()
 
 
@@ -777,11 +790,11 @@ def test_prepared_clips_are_the_encoded_ones(tmp_path):
 @pytest.mark.slow
 def test_the_autoencoder_learns_and_measures_its_latents(tmp_path):
     config = train_tiny.vae()
-    config = replace(config, steps=30, optimizer=replace(config.optimizer, accumulate=1, warmup=0, learning_rate=5e-3))
-    config = replace(config, mesh=MeshConfig(data=8), checkpoint=kinds.CheckpointConfig(every=30, keep=1))
-    assert loop.train(config, tmp_path, resume=False) == 30
+    config = replace(config, steps=20, optimizer=replace(config.optimizer, accumulate=1, warmup=0, learning_rate=2e-3))
+    config = replace(config, mesh=MeshConfig(data=8), checkpoint=kinds.CheckpointConfig(every=20, keep=1))
+    assert loop.train(config, tmp_path, resume=False) == 20
     found = lines(tmp_path)
-    assert np.mean([found[n]["error"] for n in range(26, 31)]) < 0.7 * found[1]["error"]
+    assert np.mean([found[n]["loss"] for n in range(16, 21)]) < 0.75 * found[1]["loss"]
     stored = files.read_config(tmp_path / "weights" / "vae", type(config.model.vae))
     shape = abstract("vae", stored)
     places = jax.tree.map(lambda _: replicated(make_mesh(data=8)), shape)

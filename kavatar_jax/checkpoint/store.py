@@ -51,7 +51,9 @@ class Store:
         if step is None:
             raise ValueError(f"there is no checkpoint in {self._checkpointer.directory} to resume from")
         tree = self._checkpointer.load(step, abstract, checkpointable_name=NAME)
-        return tree, dict(self._checkpointer.metadata(step).custom_metadata or {})
+        record = self._checkpointer.metadata(step).custom_metadata
+        assert isinstance(record, dict)
+        return tree, record
 
     def wait(self) -> None:
         self._checkpointer.wait()

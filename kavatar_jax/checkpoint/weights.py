@@ -145,7 +145,9 @@ def _revive(value: Any, kind: Any, where: str) -> Any:
     (kind,) = (option for option in options if option is not NoneType)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         types = {field.name: field.type for field in dataclasses.fields(kind)}
-        unknown, missing = sorted(value.keys() - types.keys()), sorted(types.keys() - value.keys())
+        # a field with a default came later than some directories; its default is what they were made with
+        required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        unknown, missing = sorted(value.keys() - types.keys()), sorted(required - value.keys())
         if unknown or missing:
             parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
             raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))

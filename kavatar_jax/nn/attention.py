@@ -81,9 +81,7 @@ def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
         block_q_dq=block_q, block_kv_dq=block_kv,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * N)
-    kernel = kernels.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
-    )
+    kernel = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
     segments = None
     if k.shape[2] > L:  # padded keys carry another segment than every query, so nothing attends to them
         real = (np.arange(k.shape[2]) < L).astype(np.int32)
@@ -97,7 +95,7 @@ def _kernel(q_BSNK, k_BLNK):
     S, L, K = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[3]
     if min(S, L) < LONG:
         return None
-    if mesh.platform() == "tpu" and K % 128 == 0:
+    if mesh.platform() == "tpu" and K % 64 == 0:
         return splash
     if mesh.platform() == "gpu" and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128:
         return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")

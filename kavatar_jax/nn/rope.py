@@ -13,7 +13,9 @@ def axis_sizes(head: int) -> tuple[int, int, int]:
 def rope_table(frames: int, height: int, width: int, *, head: int) -> np.ndarray:
     """Angles of every token of a grid, frame-major: (frames * height * width, head / 2) float64."""
     grids = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
-    return np.concatenate([axis_angles(g.reshape(-1), size) for g, size in zip(grids, axis_sizes(head), strict=True)], -1)
+    return np.concatenate(
+        [axis_angles(g.reshape(-1), size) for g, size in zip(grids, axis_sizes(head), strict=True)], -1
+    )
 
 
 def axis_angles(positions: np.ndarray, size: int) -> np.ndarray:

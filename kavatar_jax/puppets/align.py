@@ -15,6 +15,7 @@ Warp = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _BLURS = (3.0, 1.2)  # pixels, for a frame of 128
 _STEPS = (6, 5)
 _STILL = 0.003  # a step this small, in units of the usual change between frames, is the last
+_HOMESICK = 0.04  # pull towards the start, against that towards the last frame: what is lost comes back in time
 _NOISE = 0.012  # colour difference, of 1, below which residuals mean nothing
 
 
@@ -53,7 +54,8 @@ class Follower:
     def __init__(self, layers: list[np.ndarray], warp: Warp, start: np.ndarray, *, spring: np.ndarray):
         places, _ = warp(start)
         self.wanted = [sample(layer[..., :3], places) for layer in layers]
-        self.warp, self.params, self.spring = warp, np.asarray(start, np.float64), np.asarray(spring, np.float64)
+        self.warp, self.home, self.spring = warp, np.asarray(start, np.float64), np.asarray(spring, np.float64)
+        self.params = self.home
 
     def update(self, layers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The params (P,) that fit the next frame, and their certainty (P,): inverse variances given this frame."""
@@ -85,5 +87,6 @@ class Follower:
         noise = np.sum(weight * size**2) / (np.sum(weight) + 1e-6) + _NOISE**2
         weighted = (jacobian * weight[:, None]).reshape(len(moves), -1) / noise
         information = weighted @ jacobian.reshape(len(moves), -1).T
-        pull = weighted @ error.ravel() + self.spring * (self.params - before)
-        return -np.linalg.solve(information + np.diag(self.spring), pull), information
+        held = self.spring * (self.params - before + _HOMESICK * (self.params - self.home))
+        stiff = information + np.diag((1 + _HOMESICK) * self.spring)
+        return -np.linalg.solve(stiff, weighted @ error.ravel() + held), information

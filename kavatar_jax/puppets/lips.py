@@ -46,7 +46,8 @@ def read_lips(pictures: np.ndarray, rest: np.ndarray) -> np.ndarray:
     bank = _draw(skin, lips, _BANK)
     drawn = np.abs(bank - skin).max((0, 3)) > 0.03
     edge = ~drawn & (_Y[:, None] < 0.5)
-    pictures = pictures * (np.median(skin[edge], 0) / (np.median(pictures[:, edge], 1) + 1e-3))[:, None, None]
+    exposure = np.median(skin[edge], 0) / (np.median(pictures[:, edge], 1) + 1e-3)
+    pictures = pictures * np.clip(exposure, 0.5, 2)[:, None, None]
     blur = _sharpness(pictures, bank, drawn)
     seen = _blurred(pictures, blur[0])[:, drawn]
     known = _blurred(bank, blur[1])[:, drawn]

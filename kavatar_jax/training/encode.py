@@ -50,6 +50,7 @@ def to_signed(pixels):
 
 def show(clips: Clips):
     """The clips as far as they are given, in [-1, 1]: the reference first, for some the last frame, grey between."""
+    assert clips.last is not None
     video = to_signed(clips.video)
     shown = jnp.zeros_like(video).at[:, 0].set(to_signed(clips.reference))
     last = jnp.where(clips.last[:, None, None, None], video[:, -1], 0)

@@ -19,7 +19,7 @@ def export(model: Config, components: frozenset[str], whole: Params, folder: Pat
     """Write those components, in the dtype that the model stores. whole: {"params": ..., "lora": ...}, by component.
 
     start: the weights directory that training began from, "" for none; a text encoder takes its tokenizer along, which is
-    plain bytes where there was none. Every process has to call this; the first one writes.
+    plain bytes where there is none. Every process has to call this; the first one writes.
     """
     for name in sorted(components):
         config = getattr(model, name)
@@ -38,7 +38,7 @@ def _on_host(leaf, dtype: str) -> np.ndarray:
 
 
 def _take_tokenizer(folder: Path, start: str) -> None:
-    if start:
+    if start and (Path(start) / "tokenizer").is_dir():
         shutil.copytree(Path(start) / "tokenizer", folder, dirs_exist_ok=True)
         return
     folder.mkdir(exist_ok=True)

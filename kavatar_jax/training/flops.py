@@ -6,8 +6,6 @@ PaLM, appendix B): work that is done twice to save memory counts once.
 
 import math
 
-import jax
-
 from kavatar_jax.config import DiTConfig
 from kavatar_jax.models.audio_adapter import slice_table
 
@@ -51,7 +49,7 @@ def train(forward_flops: float, learning: float) -> float:
     return forward_flops * (2 + learning)
 
 
-def peak(device: jax.Device) -> float:
+def peak(device) -> float:
     """FLOP/s of a device by its name; 0 if it is not known, as for a CPU."""
     kind = device.device_kind
     names = [name for name in PEAKS if kind == name or (name.startswith("NVIDIA") and kind.startswith(name))]

@@ -43,8 +43,8 @@ class Log:
         """A contact sheet, from the process that has one."""
         if path is None:
             return
-        width, height = Image.open(path).size
-        self._events.image("samples", step, path.read_bytes(), width=width, height=height)
+        with Image.open(path) as sheet:
+            self._events.image("samples", step, path.read_bytes(), width=sheet.width, height=sheet.height)
         self.word(f"step {step}: {path}")
 
     def word(self, text: str) -> None:

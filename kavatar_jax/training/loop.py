@@ -19,7 +19,7 @@ from kavatar_jax.training.data import Loaded, Loader
 from kavatar_jax.training.export import export
 from kavatar_jax.training.log import Log
 from kavatar_jax.training.sampling import open_samples
-from kavatar_jax.training.state import TrainState, abstract_state, begin, join
+from kavatar_jax.training.state import TrainState, abstract_state, adopt, begin, drawn_anew, join
 from kavatar_jax.training.step import Metrics, cast_votes, draw_clip_level, make_step
 from kavatar_jax.training.tasks import Task, Work, open_task
 from kavatar_jax.types import Params
@@ -32,10 +32,12 @@ class Diverged(ValueError):
 def train(config: TrainConfig, out: Path, *, resume: bool) -> int:
     """Train until config.steps, or until SIGTERM; the number of steps done.
 
-    Under `out`: checkpoints/, log.jsonl, events/, samples/ and, when all steps are done, weights/. `resume` goes on from
-    the newest checkpoint, if there is one, on whatever mesh. ValueError for what the config asks for and cannot be;
-    Diverged, with the step and its clips, when numbers blow up: the last good state is saved before.
+    Under `out`: checkpoints/, log.jsonl, events/, samples/ and, when all steps are done, weights/ of the networks that
+    learnt or began from chance. `resume` goes on from the newest checkpoint, if there is one, on whatever mesh.
+    ValueError for what the config asks for and cannot be; Diverged, with the step and its clips, when numbers blow up:
+    the last good state is saved before.
     """
+    config = adopt(config)
     chex.clear_trace_counter()  # counts programs by their source, and so over all runs of a process
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh), Store(out / "checkpoints", keep=config.checkpoint.keep) as store:
@@ -64,7 +66,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool) -> int:
                     log.word(f"asked to stop: step {done} is saved, go on with --resume")
                     return done
         whole = join(best(state), frozen)
-        export(task.settle(whole, batches), task.learning, whole, out / "weights", start=config.weights)
+        names = task.learning | (drawn_anew(config) & set(task.components))
+        export(task.settle(whole, batches), names, whole, out / "weights", start=config.weights)
     return config.steps
 
 

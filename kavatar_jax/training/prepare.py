@@ -15,9 +15,10 @@ from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding
 from kavatar_jax.training.config import Bucket, TrainConfig
 from kavatar_jax.training.data import Clips, Records, Row, pad, place
+from kavatar_jax.training.export import export
 from kavatar_jax.training.objective import Batch
 from kavatar_jax.training.prepared import folder_name, views_of
-from kavatar_jax.training.state import begin
+from kavatar_jax.training.state import adopt, begin, drawn_anew, join
 from kavatar_jax.training.tasks import open_task
 from kavatar_jax.types import Report
 
@@ -25,16 +26,20 @@ from kavatar_jax.types import Report
 def prepare(config: TrainConfig, out: Path, *, count: int, report: Report) -> None:
     """Write `count` clips of every bucket as the run `config` would see them; clips that are there already stay.
 
-    To be run on one machine. config.data is the source the clips come from; afterwards train with the source
+    Encoders that are drawn from chance are left in out/weights, for the run to begin from. To be run on one machine.
+    config.data is the source the clips come from; afterwards train with the source
     "prepared" and the folder `out`. ValueError if a bucket's batch does not divide `count`.
     """
     data = config.data
     if data.source == "prepared" or config.task != "dit":
         raise ValueError("clips are prepared for the task 'dit' from the source 'puppets' or 'clips'")
+    config = adopt(config)
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     with jax.set_mesh(mesh):
         task = open_task(config, mesh)
-        _, frozen, _ = begin(config, task.components, mesh)
+        state, frozen, _ = begin(config, task.components, mesh)
+        anew = (drawn_anew(config) & set(task.components)) - task.learning
+        export(config.model, anew, join(state.trained, frozen), out / "weights", start=config.weights)
         encode = functools.partial(task.encode, task.prepare(frozen))
         views = views_of(data)
         for bucket in data.buckets:

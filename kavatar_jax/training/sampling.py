@@ -1,8 +1,8 @@
 """A look at what has been learnt: fixed clips, performed again by the averaged weights, as videos and a contact sheet."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
 from kavatar_jax.diffusion.guidance import Branch
@@ -18,9 +19,9 @@ from kavatar_jax.media.video import contact_sheet, write_video
 from kavatar_jax.models import vae
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.dit import DiT, Inputs
-from kavatar_jax.parallel.sharding import replicated
+from kavatar_jax.parallel.sharding import batch_slots, replicated
 from kavatar_jax.training import encoders
-from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.config import SamplesConfig, TrainConfig
 from kavatar_jax.training.data import Clips, Loader
 from kavatar_jax.training.objective import Batch, join_condition, velocity_of
 from kavatar_jax.training.reconstruction import to_pixels
@@ -28,10 +29,13 @@ from kavatar_jax.types import Params, Speech
 
 SHEET_FRAMES = 8  # of each clip
 
+Perform = Callable[[Params], np.ndarray]  # parameters -> the clips performed anew, (B, F, H, W, 3) uint8
 
-def make_perform(config: TrainConfig, mesh) -> Callable[[Params, Params, Batch, Clips], jax.Array]:
+
+def make_perform(
+    model: Config, look: SamplesConfig, seed: int, mesh
+) -> Callable[[Params, Params, Batch, Clips], jax.Array]:
     """(parameters, frozen, batch, clips) -> the clips performed anew from noise, (B, F, H, W, 3) uint8 on every process."""
-    model, look = config.model, config.samples
 
     def perform(whole: Params, blank, batch: Batch, key):
         noise = jax.random.normal(key, (*batch.latents.shape[:-1], batch.latents.shape[-1] // 2))
@@ -47,11 +51,11 @@ def make_perform(config: TrainConfig, mesh) -> Callable[[Params, Params, Batch, 
         return to_pixels(vae.decode(whole["params"]["vae"], latents, model.vae))
 
     compiled = jax.jit(perform, out_shardings=replicated(mesh))
-    key = jax.random.key(config.seed)
+    key = jax.random.key(seed)
     return lambda whole, frozen, batch, clips: compiled(whole, frozen["blank"], batch, key)
 
 
-def tell(params: Params, batch: Batch, blank, branch: Branch, model) -> Inputs:
+def tell(params: Params, batch: Batch, blank, branch: Branch, model: Config) -> Inputs:
     """What one branch of guidance is told; latents and timestep are still to be put in."""
     B, T = batch.latents.shape[:2]
     text = batch.text if branch.positive else jnp.broadcast_to(blank, batch.text.shape)
@@ -76,17 +80,18 @@ def tell(params: Params, batch: Batch, blank, branch: Branch, model) -> Inputs:
 class Samples:
     """Called with (step, parameters) every `every` steps; writes samples/000500_0.mp4 ... and samples/000500.png.
 
-    Left the clip as recorded, right as performed, with its sound. `perform`: (parameters) -> (B, F, H, W, 3) uint8.
+    Left the clip as recorded, right as performed, with its sound.
     """
 
-    def __init__(self, every: int, clips: Clips, fps: int, perform: Callable[[Params], Any], folder: Path):
-        self.every, self._fps, self._perform, self._folder = every, fps, perform, folder
-        self._real = _gather(clips.video)
-        self._samples = None if clips.samples is None else _gather(clips.samples)
+    def __init__(
+        self, every: int, real: np.ndarray, sound: np.ndarray | None, fps: int, perform: Perform, folder: Path
+    ):
+        self.every, self._real, self._sound, self._fps = every, real, sound, fps
+        self._perform, self._folder = perform, folder
 
     def __call__(self, step: int, params: Params) -> Path | None:
         """The contact sheet's path, on the first process; rows are the clips in turn, as recorded and as performed."""
-        made = np.asarray(self._perform(params))
+        made = self._perform(params)
         if jax.process_index():
             return None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +106,9 @@ class Samples:
         return path
 
     def _speech(self, clip: int) -> Speech | None:
-        if self._samples is None:
+        if self._sound is None:
             return None
-        heard = self._samples[clip]  # normalised; as loud as it can be
+        heard = self._sound[clip]  # normalised; as loud as it can be
         return Speech(samples=heard / max(1e-6, float(np.abs(heard).max())))
 
 
@@ -111,15 +116,17 @@ def open_samples(config: TrainConfig, task, fixed: Params, mesh, out: Path) -> S
     """The samples that the config asks for, if any; `task` is a tasks.Task, `fixed` what its step is given."""
     if config.samples is None:
         return None
-    loaded = next(Loader(config.samples.data, task.row, config.model.fps, mesh))
-    batch = task.encode(fixed, loaded.clips)
-    return Samples(
-        config.samples.every,
-        loaded.clips,
-        config.model.fps,
-        lambda whole: task.perform(whole, fixed, batch, loaded.clips),
-        out / "samples",
-    )
+    look, slots = config.samples, batch_slots(mesh)
+    shown = look.data.buckets[0].batch
+    bucket = replace(look.data.buckets[0], batch=slots * -(-shown // slots))  # a whole number for each slot of the mesh
+    clips = next(Loader(replace(look.data, buckets=(bucket,)), task.row, config.model.fps, mesh)).clips
+    batch = task.encode(fixed, clips)
+
+    def perform(whole: Params) -> np.ndarray:
+        return np.asarray(task.perform(whole, fixed, batch, clips))[:shown]
+
+    sound = None if clips.samples is None else _gather(clips.samples)
+    return Samples(look.every, _gather(clips.video)[:shown], sound, config.model.fps, perform, out / "samples")
 
 
 def _velocity(whole: Params, inputs: Inputs, x, sigma, model):

@@ -4,6 +4,7 @@ Parameters are {"params": {component: ...}, "lora": {component: ...}}, cut in tw
 float32 whatever the model stores, and the frozen part.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from kavatar_jax.checkpoint.bridge import flatten, unflatten
-from kavatar_jax.checkpoint.weights import load_component
+from kavatar_jax.checkpoint.weights import load_component, read_config
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.parallel.sharding import partition, replicated
 from kavatar_jax.training.config import LoRAConfig, OptimizerConfig, TrainConfig, TrainedConfig
@@ -43,6 +44,25 @@ def learning(config: TrainConfig) -> frozenset[str]:
         if any(_learns(path, config.trained) or (lora and _matches(path, lora.patterns)) for path in paths):
             names.add(component)
     return frozenset(names)
+
+
+def drawn_anew(config: TrainConfig) -> frozenset[str]:
+    """The components of which something starts from chance."""
+    return frozenset(name for name in COMPONENTS if not config.weights or _matches_any(name, config))
+
+
+def adopt(config: TrainConfig) -> TrainConfig:
+    """The run with its frozen helpers as the weights directory describes them, latent statistics above all.
+
+    The transformer stays as the run wants it, and every network keeps the run's dtypes.
+    """
+    found = {}
+    for name in COMPONENTS.keys() - {"dit"} - drawn_anew(config):
+        folder, mine = Path(config.weights) / name, getattr(config.model, name)
+        if (folder / "config.json").is_file():
+            stored = read_config(folder, COMPONENTS[name].config)
+            found[name] = dataclasses.replace(stored, dtype=mine.dtype, param_dtype=mine.param_dtype)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 
 def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState, Params, TrainState]:
@@ -172,6 +192,11 @@ def _materialise(config: TrainConfig, name: str, number: int, places: Params) ->
         )
         flat |= flatten(draw(key))
     return unflatten({path: flat[path] for path in wanted})
+
+
+def _matches_any(name: str, config: TrainConfig) -> bool:
+    paths = flatten({name: abstract(name, getattr(config.model, name))})
+    return any(_matches(path, config.fresh) for path in paths)
 
 
 def _pick(tree: Params, paths: list[str]) -> Params:

@@ -51,7 +51,8 @@ def make_step(losses: Losses, draw: Callable, config: TrainConfig, shardings: Tr
         parts = _cut((batch, draw(key, batch)), config.optimizer.accumulate)
 
         def loss(trained, part):
-            values = losses(trained, frozen, *part, clip_level)
+            clips, drawn = part
+            values = losses(trained, frozen, clips, drawn, clip_level)
             return values["loss"].mean(), values
 
         def accumulate(total, part):

@@ -14,6 +14,7 @@ import numpy as np
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
 from kavatar_jax.models import wav2vec2
+from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, replicated
 from kavatar_jax.training import encoders, flops, objective, reconstruction, sampling
@@ -21,7 +22,7 @@ from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
 from kavatar_jax.training.data import Clips, Loaded, Row, clip_row, footage_row
 from kavatar_jax.training.encode import encode
 from kavatar_jax.training.prepared import check_learning
-from kavatar_jax.training.state import join, learning
+from kavatar_jax.training.state import drawn_anew, join, learning
 from kavatar_jax.training.step import Losses
 from kavatar_jax.types import SAMPLE_RATE, Params
 
@@ -62,21 +63,14 @@ def open_task(config: TrainConfig, mesh) -> Task:
 def dit_task(config: TrainConfig, mesh) -> Task:
     """The transformer, and with it whichever encoders `trained` names."""
     model, goal, live = config.model, config.objective, learning(config)
-    tokenizer = open_tokenizer(config)
-    if "vae" in live:
-        raise ValueError("the autoencoder does not learn in the task 'dit'; train it first, with task = 'vae'")
-    prepared = config.data.source == "prepared"
-    if prepared:
-        check_learning(config.data, live)
-    needed = {"dit": True, "vae": not prepared or config.samples is not None, "text": True}
-    needed |= {"image": model.dit.image_width is not None, "speech": model.dit.audio is not None}
-    encodes = not prepared or config.samples is not None
-    components = [name for name, used in needed.items() if used and (encodes or name in live | {"dit", "text"})]
+    tokenizer, components = open_tokenizer(config), _networks(config, live)
 
     def prepare(frozen: Params) -> Params:
         blank, _ = tokenizer([""], model.dit.text_length)
-        if "text" not in live:
-            blank = jax.jit(lambda p: encoders.read(p, blank, model.text))(frozen["params"]["text"])
+        if "text" not in components:
+            blank = np.zeros((1, model.dit.text_length, model.dit.text_width), np.float32)  # never asked for
+        elif "text" not in live:
+            blank = jax.jit(lambda params: encoders.read(params, blank, model.text))(frozen["params"]["text"])
         return {"weights": frozen, "blank": jax.device_put(blank, replicated(mesh))}
 
     def to_batch(params: Params, clips: Clips):
@@ -87,29 +81,19 @@ def dit_task(config: TrainConfig, mesh) -> Task:
 
     def losses(trained, frozen, batch, draws, clip_level):
         whole = join(trained, frozen["weights"])
-        return objective.losses(
-            whole["params"], whole["lora"], batch, frozen["blank"], draws, model, goal, clip_level=clip_level
-        )
-
-    def work(bucket: Bucket, share: float) -> Work:
-        grid = latent_size(bucket.frames, bucket.height, bucket.width, model.vae)
-        spoken = wav2vec2.token_count(round(bucket.frames * SAMPLE_RATE / model.fps), model.speech)
-        seen = 1 + (model.image.image_size // model.image.patch) ** 2
-        once = flops.forward(model.dit, grid, image_tokens=seen, speech_tokens=spoken)
-        return Work(flops.video_tokens(model.dit, grid), flops.train(once, share))
+        parts = (whole["params"], whole["lora"], batch, frozen["blank"], draws)
+        return objective.losses(*parts, model, goal, clip_level=clip_level)
 
     return Task(
         components=components,
         learning=live,
         row=functools.partial(clip_row, model=model, tokenizer=tokenizer),
         prepare=prepare,
-        encode=lambda frozen, clips: (
-            to_batch(frozen["weights"]["params"], clips) if isinstance(clips, Clips) else clips
-        ),
+        encode=lambda fixed, clips: to_batch(fixed["weights"]["params"], clips) if isinstance(clips, Clips) else clips,
         draw=lambda key, batch: objective.draw(key, batch, goal),
         losses=losses,
-        perform=sampling.make_perform(config, mesh) if config.samples else _nothing_to_see,
-        work=work,
+        perform=sampling.make_perform(model, config.samples, config.seed, mesh) if config.samples else _nothing_to_see,
+        work=lambda bucket, share: _dit_work(bucket, share, model),
         settle=lambda whole, batches: model,
     )
 
@@ -124,9 +108,7 @@ def vae_task(config: TrainConfig, mesh) -> Task:
         params = join(trained, frozen["weights"])["params"]["vae"]
         return reconstruction.losses(params, clips, normal, model, config.reconstruction)
 
-    show = jax.jit(
-        lambda params, video: reconstruction.reconstruct(params, video, model), out_shardings=replicated(mesh)
-    )
+    show = jax.jit(functools.partial(reconstruction.reconstruct, model=model), out_shardings=replicated(mesh))
     return Task(
         components=["vae"],
         learning=frozenset({"vae"}),
@@ -156,8 +138,39 @@ def measure_latents(model: Config, params: Params, batches: Iterator[Loaded]) ->
 
 
 def open_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The weights directory's, or plain bytes where training starts afresh."""
-    return load_tokenizer(Path(config.weights) / "tokenizer") if config.weights else ByteTokenizer()
+    """The weights directory's; plain bytes where there are no weights, or none of the text encoder."""
+    folder = Path(config.weights) / "tokenizer"
+    anew = not config.weights or "text" in drawn_anew(config)
+    return ByteTokenizer() if anew and not (config.weights and folder.is_dir()) else load_tokenizer(folder)
+
+
+def _networks(config: TrainConfig, live: frozenset[str]) -> list[str]:
+    """The components that the transformer's task needs, given those that learn."""
+    if "vae" in live:
+        raise ValueError("the autoencoder does not learn in the task 'dit'; train it first, with task = 'vae'")
+    prepared, dit = config.data.source == "prepared", config.model.dit
+    if prepared:
+        check_learning(config.data, live)
+    if not prepared or config.samples is not None:  # clips have to be encoded
+        used = {
+            "dit": True,
+            "vae": True,
+            "text": True,
+            "image": dit.image_width is not None,
+            "speech": dit.audio is not None,
+        }
+        return [name for name in used if used[name]]
+    return [
+        name for name in COMPONENTS if name in live | {"dit"} or (name == "text" and config.objective.drop_text > 0)
+    ]
+
+
+def _dit_work(bucket: Bucket, share: float, model: Config) -> Work:
+    grid = latent_size(bucket.frames, bucket.height, bucket.width, model.vae)
+    spoken = wav2vec2.token_count(round(bucket.frames * SAMPLE_RATE / model.fps), model.speech)
+    seen = 1 + (model.image.image_size // model.image.patch) ** 2
+    once = flops.forward(model.dit, grid, image_tokens=seen, speech_tokens=spoken)
+    return Work(flops.video_tokens(model.dit, grid), flops.train(once, share))
 
 
 def _nothing_to_see(*_):

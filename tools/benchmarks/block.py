@@ -114,8 +114,9 @@ def _diffusers_key(key: str) -> str:
     """A published checkpoint's blocks.0.* as diffusers (0.42) spells it inside one block."""
     key = key.removeprefix("blocks.0.")
     spellings = {
-        "self_attn.": "attn1.", "cross_attn.": "attn2.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".o.": ".to_out.0.",
-        "norm3.": "norm2.", "ffn.0.": "ffn.net.0.proj.", "ffn.2.": "ffn.net.2.", "modulation": "scale_shift_table",
+        "self_attn.": "attn1.", "cross_attn.": "attn2.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.",
+        ".o.": ".to_out.0.", "norm3.": "norm2.", "ffn.0.": "ffn.net.0.proj.", "ffn.2.": "ffn.net.2.",
+        "modulation": "scale_shift_table",
     }  # fmt: skip
     for theirs, ours in spellings.items():
         key = key.replace(theirs, ours)

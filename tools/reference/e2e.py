@@ -77,7 +77,9 @@ def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     noise = np.moveaxis(arrays["noise"][0], 0, -1)
     noise = np.pad(noise, ((0, windows.padded_total - len(noise)), (0, 0), (0, 0), (0, 0)))
     yield "velocity_first_call", _first_call(weights, windows.split(noise), told, shared, config)
-    latents = denoise(weights.dit, windows.split(noise), told, shared, windows, config.dit, config.sampling, stage="", report=silent)
+    latents = denoise(
+        weights.dit, windows.split(noise), told, shared, windows, config.dit, config.sampling, stage="", report=silent
+    )
     latents = windows.join(latents)
     yield "latents_fp32", np.moveaxis(latents, -1, 0)[None]
     video = vae.decode(weights.vae, jnp.asarray(latents)[None], config.vae)

@@ -22,12 +22,12 @@ def run(fixture: Fixture) -> Iterator[tuple[str, np.ndarray]]:
         sigma = jnp.asarray(case["sigma"], jnp.float32)[:, None, None, None, None]
         yield f"{name}/x_t", _channels_first(add_noise(x0, noise, sigma))
         size = (case["latent_frames"], case["h"], case["w"])
-        masks = [resize_masks(arrays[key][..., 0], size, RELEASED.masks) for key in ("face", "lip")]
-        for key, mask in zip(("face", "lip"), masks, strict=True):
-            yield f"{name}/{key}_mask", np.asarray(mask)[:, None]
+        face, lip = (resize_masks(arrays[key][..., 0], size, RELEASED.masks) for key in ("face", "lip"))
+        yield f"{name}/face_mask", np.asarray(face)[:, None]
+        yield f"{name}/lip_mask", np.asarray(lip)[:, None]
         rows, target = [], target_velocity(x0, noise)
         for gamma in case["gammas"]:
-            weight = mask_weight(jnp.full(len(x0), gamma), *masks, RELEASED)
+            weight = mask_weight(jnp.full(len(x0), gamma), face, lip, RELEASED)
             rows.append((gamma, *(float(_loss(predicted, target, weight, share)) for share in (0.0, 1.0, 0.25))))
             gradient = jax.grad(_loss)(predicted, target, weight, RELEASED.motion_weight)
             yield f"{name}/grad_gamma_{gamma}", 1000 * _channels_first(gradient)

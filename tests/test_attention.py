@@ -1,0 +1,71 @@
+"""Every form of attention gives the numbers of the plain one, forwards and backwards, on one device and on eight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kavatar_jax.nn import attention
+from kavatar_jax.nn.attention import attend, attend_head_by_head, splash
+from kavatar_jax.parallel.mesh import make_mesh
+
+
+def draw(B, S, L, N, K, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, (B, n, N, K), dtype) for key, n in zip(keys, (S, L, L), strict=True))
+
+
+def plain(q, k, v, *, scale):
+    return jnp.einsum("bnql,blnk->bqnk", jax.nn.softmax(jnp.einsum("bqnk,blnk->bnql", q, k) * scale), v)
+
+
+def gradients(form, *arrays):
+    return jax.grad(lambda *x: jnp.sum(jnp.sin(form(*x))), (0, 1, 2))(*arrays)
+
+
+@pytest.mark.parametrize("queries", [1, 32, 33, 70])
+def test_head_by_head_equals_the_plain_form(queries):
+    arrays = draw(2, queries, 40, 3, 8)
+    form = functools.partial(attend_head_by_head, scale=0.5, chunk=32)
+    reference = functools.partial(plain, scale=0.5)
+    np.testing.assert_allclose(form(*arrays), reference(*arrays), atol=2e-6)
+    for one, two in zip(gradients(form, *arrays), gradients(reference, *arrays), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_head_by_head_normalises_by_what_it_rounded():
+    q, k, v = draw(1, 64, 300, 1, 16, jnp.bfloat16)
+    out = attend_head_by_head(q, k, jnp.ones_like(v), scale=1.0)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), 1)
+
+
+@pytest.mark.parametrize(("queries", "keys", "head"), [(200, 137, 64), (130, 256, 128)])
+def test_splash_equals_the_plain_form_past_its_padding(queries, keys, head):
+    arrays = draw(1, queries, keys, 2, head)
+    form = functools.partial(splash, scale=head**-0.5, interpret=True)
+    reference = functools.partial(plain, scale=head**-0.5)
+    np.testing.assert_allclose(form(*arrays), reference(*arrays), atol=2e-6)
+    for one, two in zip(gradients(form, *arrays), gradients(reference, *arrays), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "padded"), [(128, 128, 128), (257, 384, 384), (1560, 896, 1792), (32760, 1024, 32768)]
+)
+def test_splash_pads_less_than_a_lane_per_block(tokens, block, padded):
+    assert attention._block(tokens) == block
+    assert -(-tokens // block) * block == padded
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 1, 2, 4), (1, 1, 8, 1)])
+@pytest.mark.parametrize("batch", [4, 3])
+def test_eight_devices_give_the_numbers_of_one(sizes, batch):
+    """Also where the batch, the 4 heads or the 260 queries do not divide by the mesh."""
+    arrays = draw(batch, 260, 128, 4, 8)
+    alone = attend(*arrays), *gradients(attend, *arrays)
+    with jax.set_mesh(make_mesh(*sizes)):
+        spread = jax.jit(attend)(*arrays), *jax.jit(functools.partial(gradients, attend))(*arrays)
+    for one, two in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)

@@ -1,0 +1,47 @@
+"""Compute latents and features of a run's clips once: python tools/prepare.py CONFIG OUT --count 4096
+
+CONFIG names a training run in configs/, as for `kavatar train`, whose data comes from puppets or clip folders. Afterwards
+train with --set data.source=prepared --set data.folder=OUT; encoders that started from chance are in OUT/weights, to be
+given with --set weights=OUT/weights. What is there already is kept, so a call that was cut short can be repeated.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kavatar_jax.config import load_config, set_fields
+from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.prepare import prepare
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, required=True, help="clips of every bucket; a multiple of its batch")
+    parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: data.seed=1")
+    arguments = parser.parse_args()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        config = set_fields(load_config(arguments.config), arguments.fields)
+        if not isinstance(config, TrainConfig):
+            raise ValueError(f"{arguments.config} describes no training run; give one of configs/train_*.py")
+        with Progress(*columns) as progress:
+            bars = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in bars:
+                    bars[stage] = progress.add_task(stage, total=total)
+                progress.update(bars[stage], completed=done)
+
+            prepare(config, arguments.out, count=arguments.count, report=report)
+    except ValueError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
