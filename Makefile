@@ -16,7 +16,7 @@ test: .venv/.ready
 lint: .venv/.ready-lint
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 
 parity: .venv/.ready-parity
 	$(RUN)/python tools/parity.py $(wildcard $(REFERENCES)/*/)

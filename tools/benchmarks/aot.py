@@ -48,6 +48,7 @@ def compile_step(config: Config, topology: str, *, mesh: tuple[int, ...], window
         compiled = lowered.compile()
         seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
+    assert memory is not None, "the compiler gave no memory analysis"
     text = compiled.as_text()
     return {
         "topology": topology,
