@@ -751,7 +751,9 @@ def test_buckets_of_two_lengths_and_audio_over_the_clip(world, tmp_path):
 def test_from_nothing_to_weights_on_puppets(tmp_path):
     """The command, from a config's name: networks drawn anew, the text encoder learning too, samples on the way."""
     run_command(config="train_tiny:watched", out=tmp_path, fields=("steps=5", "mesh.data=8"))
-    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["dit", "text", "tokenizer"]
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        "dit", "speech", "text", "tokenizer", "vae",
+    ]  # fmt: skip
     assert probe(tmp_path / "samples" / "000005_0.mp4").frames == 9
     info = probe(tmp_path / "samples" / "000005_0.mp4")
     assert (info.width, info.height, info.has_audio) == (64, 32, True)
@@ -780,6 +782,9 @@ def test_prepared_clips_are_the_encoded_ones(tmp_path):
     for i, found in enumerate(files_of):
         last = int(batch.clips.last[i])
         np.testing.assert_allclose(found["conditions"][last], fresh.condition[i], rtol=2e-3, atol=2e-3)
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["speech", "vae"]
+    from_there = replace(tiny, data=config, weights=str(tmp_path / "weights"), fresh=(r"(dit|text)/.*",), steps=1)
+    assert loop.train(from_there, tmp_path / "run", resume=False) == 1
     with pytest.raises(ValueError, match="prepare it again"):
         loop.train(replace(tiny, data=replace(config, portrait=0.5)), tmp_path / "out", resume=False)
     with pytest.raises(ValueError, match="learning the encoders"):

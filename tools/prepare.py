@@ -1,8 +1,9 @@
 """Compute latents and features of a run's clips once: python tools/prepare.py CONFIG OUT --count 4096
 
 CONFIG names a training run in configs/, as for `kavatar train`, whose data comes from puppets or clip folders. Afterwards
-train with --set data.source=prepared --set data.folder=OUT; encoders that started from chance are in OUT/weights, to be
-given with --set weights=OUT/weights. What is there already is kept, so a call that was cut short can be repeated.
+train with --set data.source=prepared --set data.folder=OUT. Where the run's encoders started from chance they are in
+OUT/weights; give them with --set weights=OUT/weights and name in `fresh` what is to start anew, as in
+--set "fresh=('(dit|text)/.*',)". What is there already is kept, so a call that was cut short can be repeated.
 """
 
 import argparse
