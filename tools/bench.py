@@ -2,7 +2,8 @@
                             python tools/bench.py aot [--config NAME] [--topology v5e:2x2] [--mesh 4 1 1 1]
 
 cpu: our networks beside other implementations of them on two cores of this machine, in turns, as ratios of the time that
-they take. Other work on the machine shows in the range of the ratios. Needs the extra `parity`, but for `step`.
+they take. Other work on the machine shows in the range of the ratios; --cores 1 takes the time of one core computing
+instead, which is steadier. Needs the extra `parity`, but for `step`.
 aot: memory, kernels and collectives of a sampling step on TPUs that are not there. Needs the extra `aot`.
 Exit 0 whatever the ratios are.
 """
@@ -21,7 +22,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich.console import Console
 from rich.table import Table
 
-THREADS = 2
 LIMITS = {"block": 1.1, "step": 1.0, "vae": 1.1}  # ratios, ours to theirs, that we are content with
 
 
@@ -44,6 +44,7 @@ def main() -> int:
     cpu = commands.add_parser("cpu", help="speed beside other implementations")
     cpu.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS))
     cpu.add_argument("--rounds", type=int, default=5)
+    cpu.add_argument("--cores", type=int, default=2)
     aot = commands.add_parser("aot", help="memory on absent TPUs")
     aot.add_argument("--config", default="stableavatar")
     aot.add_argument("--set", action="append", default=[], dest="fields", help="replace a field: dit.layers=2")
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def measure_cpu(arguments) -> dict:
-    _keep_to(THREADS)
+    _keep_to(arguments.cores)
     console = Console(width=150)
     machine = {"processor": _processor(), "cores": len(_cores()), "load before": os.getloadavg()[0]}
     console.print(machine)
@@ -146,17 +147,20 @@ def _limit_torch() -> None:
         import torch
     except ImportError:
         raise ValueError("this needs torch and diffusers; pip install '.[parity]', or take --only step") from None
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(len(_cores()))
 
 
-def _keep_to(threads: int) -> None:
+def _keep_to(cores: int) -> None:
     """JAX starts as many threads as the process may use cores."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(_cores())[:threads])
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"{platform.system()} cannot keep a process to some cores; measure on Linux")
+    if cores < 1:
+        raise ValueError(f"--cores is {cores}; it must be at least 1")
+    os.sched_setaffinity(0, sorted(_cores())[:cores])
 
 
 def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0)
 
 
 def _processor() -> str:

@@ -71,13 +71,13 @@ def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState,
     components: the networks that the task needs. ValueError if nothing learns, or if the weights do not fit.
     """
     params, axes = {}, {}
-    for number, name in enumerate(components):
+    for name in components:
         part = getattr(config.model, name)
         model = COMPONENTS[name].model
         rows = {rf"{name}/{row}": value for row, value in model.AXES.items()}
         axes |= {f"params/{row}": value for row, value in rows.items()}
         places = partition({name: abstract(name, part)}, rows, mesh)[name]
-        params[name] = _materialise(config, name, number, places)
+        params[name] = _materialise(config, name, places)
     lora = {}
     if config.trained.lora is not None:
         linears = find_linears(params, config.trained.lora, axes)
@@ -176,7 +176,7 @@ def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps
     return jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(trained), shardings
 
 
-def _materialise(config: TrainConfig, name: str, number: int, places: Params) -> Params:
+def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
     """One network's parameters on the mesh: from the weights directory, what it lacks on purpose drawn anew."""
     part, wanted = getattr(config.model, name), flatten(abstract(name, getattr(config.model, name)))
     anew = [path for path in wanted if not config.weights or _matches(f"{name}/{path}", config.fresh)]
@@ -186,7 +186,7 @@ def _materialise(config: TrainConfig, name: str, number: int, places: Params) ->
         stored_places = unflatten({path: place for path, place in flat_places.items() if path not in anew})
         flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places))
     if anew:
-        key = jax.random.fold_in(jax.random.key(config.seed), number)
+        key = jax.random.fold_in(jax.random.key(config.seed), list(COMPONENTS).index(name))
         draw = jax.jit(
             lambda key: _pick(COMPONENTS[name].model.init(part, key), anew), out_shardings=_pick(places, anew)
         )
