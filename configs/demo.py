@@ -8,6 +8,7 @@ from kavatar_jax.config import (
     CLIPConfig,
     Config,
     DiTConfig,
+    LogMelConfig,
     SamplingConfig,
     UMT5Config,
     VAEConfig,
@@ -25,20 +26,79 @@ def config() -> Config:
         dit=DiTConfig(
             width=192,
             heads=3,
-            layers=4,
-            mlp=512,
-            in_channels=36,
-            out_channels=16,
+            layers=6,
+            mlp=768,
+            in_channels=100,
+            out_channels=48,
             time_width=128,
             text_width=64,
-            text_length=128,
-            image_width=64,
+            text_length=256,
+            image_width=None,
             image_positions=0,
-            audio=AudioAdapterConfig(speech_width=64, projection=(192,), heads=3, mlp=384, layers=2),
+            predicts="clean",
+            reference="every",
+            remat="none",
+            audio=AudioAdapterConfig(speech_width=208, projection=(192,), heads=3, mlp=384, layers=2),
         ),
-        vae=VAEConfig(width=16, latent_channels=16, latent_mean=LATENT_MEAN, latent_std=LATENT_STD),
+        vae=VAEConfig(
+            width=32,
+            latent_channels=48,
+            latent_mean=(0.0,) * 48,
+            latent_std=(1.0,) * 48,
+            multipliers=(1, 2, 3),
+            blocks=1,
+            temporal=(True, True),
+            patch=4,
+        ),
         text=UMT5Config(vocabulary=260, width=64, heads=4, head_width=16, mlp=128, layers=2),
         image=CLIPConfig(width=64, heads=4, layers=3, mlp=256, image_size=224, patch=14, embedding=32),
+        speech=LogMelConfig(bands=40, context=2, periods=(8, 16, 32, 64)),
+        negative_prompt="blurry, distorted",
+        sampling=SamplingConfig(
+            steps=8,
+            shift=3.0,
+            double_shift=False,
+            text_scale=1.0,
+            audio_scale=1.0,
+            window_frames=33,
+            overlap=3,
+            fusion="log",
+            indexing="exact",
+            windows_per_batch=2,
+        ),
+        # networks this small know one size only, so the blueprint is as large as the video
+        cascade=CascadeConfig(blueprint_scale=1.0, blueprint_steps=8, search_seconds=0.4),
+    )
+
+
+def tiny() -> Config:
+    """For tests: 48 x 32 and windows of 21 frames; every mechanism, nothing to look at."""
+    base = config()
+    dit = replace(
+        base.dit,
+        width=48,
+        heads=2,
+        layers=2,
+        mlp=64,
+        in_channels=36,
+        out_channels=16,
+        image_width=64,
+        predicts="velocity",
+        reference="first",
+        time_width=32,
+        text_length=32,
+        audio=AudioAdapterConfig(speech_width=64, projection=(48,), heads=2, mlp=64, layers=2),
+    )
+    return replace(
+        base,
+        name="demo:tiny",
+        width=48,
+        height=32,
+        dit=dit,
+        vae=VAEConfig(width=8, latent_channels=16, latent_mean=LATENT_MEAN, latent_std=LATENT_STD),
+        sampling=replace(
+            base.sampling, steps=2, shift=5.0, text_scale=3.0, audio_scale=5.0, window_frames=21, overlap=2
+        ),
         speech=Wav2Vec2Config(
             width=64,
             heads=4,
@@ -52,43 +112,5 @@ def config() -> Config:
             stable=False,
             conv_bias=False,
         ),
-        negative_prompt="blurry, distorted",
-        sampling=SamplingConfig(
-            steps=8,
-            shift=5.0,
-            double_shift=False,
-            text_scale=3.0,
-            audio_scale=5.0,
-            window_frames=81,
-            overlap=5,
-            fusion="log",
-            indexing="exact",
-            windows_per_batch=2,
-        ),
-        cascade=CascadeConfig(blueprint_scale=0.5, blueprint_steps=6, search_seconds=0.4),
-    )
-
-
-def tiny() -> Config:
-    """For tests: 48 x 32 and windows of 21 frames; every mechanism, nothing to look at."""
-    base = config()
-    dit = replace(
-        base.dit,
-        width=48,
-        heads=2,
-        layers=2,
-        mlp=64,
-        time_width=32,
-        text_length=32,
-        audio=AudioAdapterConfig(speech_width=64, projection=(48,), heads=2, mlp=64, layers=2),
-    )
-    return replace(
-        base,
-        name="demo:tiny",
-        width=48,
-        height=32,
-        dit=dit,
-        vae=replace(base.vae, width=8),
-        sampling=replace(base.sampling, steps=2, window_frames=21, overlap=2),
-        cascade=replace(base.cascade, blueprint_steps=2, search_seconds=0.2),
+        cascade=replace(base.cascade, blueprint_scale=0.5, blueprint_steps=2, search_seconds=0.2),
     )

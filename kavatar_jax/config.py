@@ -34,7 +34,8 @@ class DiTConfig:
     audio: None for plain Wan
     director_width: width of the director's hidden states, None where there is no projection for them
     predicts: what the head's output stands for, "velocity" or the "clean" latents
-    reference: latent frames of the condition that show the reference, the "first" or "every" one that is not given
+    reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
+    nothing is given
     """
 
     width: int
@@ -57,10 +58,18 @@ class DiTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
 
+    def __post_init__(self):
+        _one_of("dit.predicts", self.predicts, ("velocity", "clean"))
+        _one_of("dit.reference", self.reference, ("first", "every"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Wan2.1's causal 3D VAE: 8x in space, 4x in time. latent_mean, latent_std: one number per latent channel."""
+    """Wan2.1's causal 3D VAE: 8x in space, 4x in time. latent_mean, latent_std: one number per latent channel.
+
+    multipliers: of the width, a level each; temporal: whether each step between them halves the frames too
+    patch: side of the squares of pixels that are folded into channels first, 1 for none
+    """
 
     width: int
     latent_channels: int
@@ -69,8 +78,19 @@ class VAEConfig:
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
     temporal: tuple[bool, ...] = (False, True, True)
+    patch: int = 1
     dtype: str = "float32"
     param_dtype: str = "float32"
+
+    @property
+    def side(self) -> int:
+        """Pixels per latent, each way."""
+        return self.patch * 2 ** len(self.temporal)
+
+    @property
+    def stride(self) -> int:
+        """Video frames per latent frame."""
+        return 2 ** sum(self.temporal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +141,23 @@ class Wav2Vec2Config:
     conv_bias: bool
     dtype: str = "float32"
     param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogMelConfig:
+    """Log-mel energies in place of a speech encoder. bands: energies per vector; context: neighbours on either side that
+    it holds too; periods: of the sinusoids that say where it stands, in vectors."""
+
+    bands: int
+    context: int
+    periods: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return self.bands * (2 * self.context + 1) + 2 * len(self.periods)
+
+
+SpeechConfig = Wav2Vec2Config | LogMelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +219,7 @@ class CascadeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. width, height: pixels, multiples of 16; text, image, speech: the three encoders."""
+    """A whole run. width, height: pixels, multiples of `grain`; text, image, speech: the three encoders."""
 
     name: str
     width: int
@@ -192,17 +229,22 @@ class Config:
     vae: VAEConfig
     text: UMT5Config
     image: CLIPConfig
-    speech: Wav2Vec2Config
+    speech: SpeechConfig
     negative_prompt: str
     sampling: SamplingConfig
     cascade: CascadeConfig
 
     def __post_init__(self):
         for name, value in (("width", self.width), ("height", self.height)):
-            if value <= 0 or value % 16:
-                nearest = max(16, round(value / 16) * 16)
-                raise ValueError(f"{name} {value} is not a multiple of 16; the nearest is {nearest}")
+            if value <= 0 or value % self.grain:
+                nearest = max(self.grain, round(value / self.grain) * self.grain)
+                raise ValueError(f"{name} {value} is not a multiple of {self.grain}; the nearest is {nearest}")
         _at_least("fps", self.fps, 1)
+
+    @property
+    def grain(self) -> int:
+        """Pixels per token of the transformer, each way; sizes are multiples of it."""
+        return self.vae.side * max(self.dit.patch[1:])
 
 
 def load_config(name: str) -> Config:

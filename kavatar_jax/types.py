@@ -136,9 +136,13 @@ class Clips:
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """A video on its way to a file. images: (H, W, 3) uint8 each, made as they are asked for; frames: how many."""
+    """A video on its way to a file. images: (H, W, 3) uint8 each, made as they are asked for; frames: how many.
+
+    cuts: the frames that sub-clips share
+    """
 
     images: Iterator[np.ndarray]
     frames: int
     fps: int
     speech: Speech
+    cuts: tuple[int, ...] = ()

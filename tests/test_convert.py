@@ -120,7 +120,7 @@ def test_all_of_the_tree(converted):
     check_complete(converted)
     for part, component in COMPONENTS.items():
         assert sorted(os.listdir(converted / part)) == ["config.json", "model.safetensors"]
-        assert store.read_config(converted / part, component.config).param_dtype == STORED[part]
+        assert store.read_config(converted / part, *component.kinds).param_dtype == STORED[part]
     manifest = json.loads((converted / "kavatar.json").read_text())
     assert manifest["sources"] == {part: plain(path) for part, path in NAMES.items()} | {"tokenizer": TOKENIZER}
     dims, config = TINY["dims"], read_configs(converted, stableavatar.config())
@@ -433,7 +433,7 @@ def test_command_line(released, tmp_path, monkeypatch, capsys, error, code, word
 def test_read_configs_refuses(converted, tmp_path):
     folder = Path(shutil.copytree(converted, tmp_path / "weights"))
     config = stableavatar.config()
-    stored = store.read_config(folder / "speech", COMPONENTS["speech"].config)
+    stored = store.read_config(folder / "speech", *COMPONENTS["speech"].kinds)
     store.write_config(folder / "speech", dataclasses.replace(stored, width=64))
     with pytest.raises(ValueError, match="not made for each other: speech of width 64, expected 32"):
         read_configs(folder, config)

@@ -99,6 +99,29 @@ def test_an_untrained_director_changes_nothing(tiny):
     assert np.abs(velocity(directed, grown, inputs._replace(director=hidden)) - plain).max() > 1e-4
 
 
+def test_a_head_that_predicts_clean_latents_gives_their_velocity(tiny):
+    config, params = tiny
+    inputs = make_inputs(config)
+    head = velocity(config, params, inputs)
+    turned = velocity(dataclasses.replace(config, predicts="clean"), params, inputs)
+    for b, sigma in enumerate((0.9, 0.02)):
+        np.testing.assert_allclose(turned[b], (inputs.latents[b] - head[b]) / sigma, rtol=1e-5, atol=1e-4)
+
+
+def test_the_reference_in_every_frame_stands_where_nothing_is_given(tiny):
+    config, params = tiny
+    every = dataclasses.replace(config, reference="every")
+    inputs = make_inputs(config)
+    condition = inputs.condition.at[..., :4].set(0).at[:, 0, ..., :4].set(1)
+    other = condition.at[:, 1, ..., 4:].add(1)  # a frame that is not given: what its latents are does not matter
+    told = velocity(every, params, inputs._replace(condition=condition))
+    np.testing.assert_array_equal(told, velocity(every, params, inputs._replace(condition=other)))
+    filled = condition.at[:, 1:, ..., 4:].set(condition[:, :1, ..., 4:])
+    np.testing.assert_allclose(told, velocity(config, params, inputs._replace(condition=filled)), atol=2e-6)
+    given = other.at[:, 1, ..., 3].set(1)
+    assert np.abs(velocity(every, params, inputs._replace(condition=given)) - told).max() > 1e-3
+
+
 def test_speech_that_is_not_heard_does_not_matter(tiny):
     config, params = tiny
     inputs = make_inputs(config, heard=jnp.array([False, True]))

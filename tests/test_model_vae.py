@@ -303,3 +303,23 @@ def test_fresh_parameters():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_squares_of_pixels_fold_into_channels():
+    video = jnp.arange(2 * 3 * 8 * 12 * 3, dtype=jnp.float32).reshape(2, 3, 8, 12, 3)
+    folded = vae.fold(video, 4)
+    assert folded.shape == (2, 3, 2, 3, 48)
+    np.testing.assert_array_equal(folded[1, 2, 1, 2], video[1, 2, 4:8, 8:12].reshape(-1))
+    np.testing.assert_array_equal(vae.unfold(folded, 4), video)
+
+
+def test_a_folded_video_in_chunks_equals_the_whole():
+    config = replace(TWO_LEVELS, patch=2)
+    params, video = lively(config), VIDEO[:, :7]
+    assert (config.side, config.stride) == (4, 2)
+    mean, logvar, made = through(params, video, config, None)
+    assert mean.shape == (1, 4, 3, 5, 4) and made.shape == video.shape
+    for one, other in zip((mean, logvar, made), through(params, video, config, 1), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        vae.encode(params, VIDEO[:, :, :10], config)

@@ -568,3 +568,15 @@ def test_lab_of_known_colours():
     rgb = [(255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)]
     expected = [(100, 0, 0), (0, 0, 0), (53.24, 80.09, 67.20), (32.30, 79.19, -107.86)]
     np.testing.assert_allclose(lab(np.array(rgb)), expected, atol=0.02)
+
+
+def test_a_driven_mouth_follows_the_sound_and_the_phones():
+    """Half way between what `drive` hears in the clip's surroundings and what is said; the clip is no other otherwise."""
+    plain = records.Records(records.RecordsConfig(frames=40, height=32, width=32, seed=3))[5]
+    halves = records.Records(records.RecordsConfig(frames=40, height=32, width=32, seed=3, driven=0.5))[5]
+    assert halves["audio"].shape == plain["audio"].shape and halves["prompt"] == plain["prompt"]
+    wholly = records.Records(records.RecordsConfig(frames=40, height=32, width=32, seed=3, driven=1.0))[5]
+    np.testing.assert_array_equal(wholly["audio"], halves["audio"])
+    heard = drive.drive(wholly["audio"], 25)[:, 0]
+    opening = column(wholly["state"], "mouth_open")
+    assert np.corrcoef(opening, heard)[0, 1] > 0.8  # what lies around the clip moves loud and quiet a little

@@ -28,16 +28,30 @@ from kavatar_jax.checkpoint.store import Store
 from kavatar_jax.diffusion.flow import add_noise, target_velocity
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import probe, write_video
-from kavatar_jax.models import vae
+from kavatar_jax.models import dit, vae
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding, partition, replicated, spec
+from kavatar_jax.puppets.performance import CAMERAS
 from kavatar_jax.training import config as kinds
 from kavatar_jax.training import data, encode, events, flops, loop, objective, optimizer, state, tasks
 from kavatar_jax.training.command import run as run_command
-from kavatar_jax.training.config import Bucket, DataConfig, LoRAConfig, MeshConfig, ObjectiveConfig, OptimizerConfig
+from kavatar_jax.training.config import (
+    Bucket,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LoRAConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainedConfig,
+)
 from kavatar_jax.training.prepare import prepare
+from kavatar_jax.training.prepared import views_of
+from kavatar_jax.training.sources import MEANINGS, open_source
 from kavatar_jax.types import silent
 from tests.conftest import GOLDEN
 from tools.reference import loss
@@ -78,9 +92,8 @@ def test_clean_prediction_with_a_clipped_weight_is_an_error_of_clean_latents():
     rng = np.random.default_rng(0)
     clean, noise, guess = rng.standard_normal((3, 2, 3, 4, 4, 5)).astype(np.float32)
     sigma = np.float32([0.1, 0.8]).reshape(2, 1, 1, 1, 1)
-    dit = replace(train_tiny.model().dit, predicts="clean")
     noisy = add_noise(clean, noise, sigma)
-    error = objective.velocity_of(guess, noisy, sigma, dit) - target_velocity(clean, noise)
+    error = dit.velocity_to(guess, noisy, 1000 * sigma.ravel()) - target_velocity(clean, noise)
     weighted = np.square(error) * np.square(sigma / np.maximum(sigma, 0.4))
     np.testing.assert_allclose(weighted, np.square(guess - clean) / np.maximum(sigma, 0.4) ** 2, rtol=1e-3, atol=1e-4)
 
@@ -134,11 +147,10 @@ def test_the_condition_shows_what_is_given():
     np.testing.assert_array_equal(given[:, 1], 0)
     np.testing.assert_array_equal(given[:, 2], [[0, 0, 0, 0], [0, 0, 0, 1]])  # the last of four frames
     latents = jnp.arange(2 * 3 * 1 * 1 * 2, dtype=jnp.float32).reshape(2, 3, 1, 1, 2)
-    dit = train_tiny.model().dit
-    first = objective.join_condition(given, latents, dit)
+    first = objective.join_condition(given, latents)
     np.testing.assert_array_equal(first[..., 4:], latents)
     np.testing.assert_array_equal(first[..., 0, 0, :4], given)
-    every = objective.join_condition(given, latents, replace(dit, reference="every"))[:, :, 0, 0, 4:]
+    every = dit.show_reference(first)[:, :, 0, 0, 4:]
     np.testing.assert_array_equal(every[0], latents[0, [0, 0, 0], 0, 0])
     np.testing.assert_array_equal(every[1], latents[1, [0, 0, 2], 0, 0])
 
@@ -151,6 +163,28 @@ def test_learning_rate():
     rate = optimizer.learning_rate(config, 14)
     np.testing.assert_allclose([rate(n) for n in (0, 2, 4, 9, 14)], [0, 1, 2, 1.1, 0.2], atol=1e-6)
     assert optimizer.learning_rate(replace(config, schedule="constant"), 14)(1000) == 2.0
+
+
+def test_muon_takes_kernels_as_matrices():
+    """A layer's update is orthogonal but for its size, whatever the gradient's scale; biases are Adam's."""
+    rng = np.random.default_rng(0)
+    params = {"dit": {
+        "blocks": {"q": {"kernel": jnp.zeros((2, 6, 4)), "bias": jnp.zeros((2, 4))}},
+        "conv": {"kernel": jnp.zeros((3, 3, 2, 4))},
+    }}  # fmt: skip
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params)
+    made = optimizer.make_optimizer(OptimizerConfig(kind="muon", learning_rate=1.0, warmup=0, clip=1e9), 10)
+    update, _ = made.update(grads, made.init(params), params)
+    scaled, _ = made.update(jax.tree.map(lambda g: 100 * g, grads), made.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), update, scaled)
+    maps = [*update["dit"]["blocks"]["q"]["kernel"], update["dit"]["conv"]["kernel"].reshape(18, 4)]
+    for matrix in maps:
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.max() < 2 * values.min()  # Newton-Schulz brings them to about one another
+        rms = float(np.sqrt(np.square(matrix).mean()))
+        assert 0.7 * optimizer.ADAM_RMS < rms < 1.3 * optimizer.ADAM_RMS
+    steps = np.abs(update["dit"]["blocks"]["q"]["bias"])  # of Adam with Nesterov momentum
+    assert np.ptp(steps) < 1e-3 and 1 < steps.min() < 2
 
 
 def test_gradient_norm_limit_of_the_release():
@@ -292,6 +326,60 @@ def test_a_batch_is_known_by_its_number():
     assert clips.samples.shape == (8, 5 * 640) and 0 < clips.last.sum() < 8
     np.testing.assert_array_equal(clips.reference, clips.video[:, 0])
     assert np.unique(clips.lip).tolist() == [0, 255]
+
+
+def test_clips_between_two_frames_begin_with_their_own():
+    config = replace(PUPPETS, portrait=1.0, first_last=0.5)
+    assert views_of(config) == [(True, False), (False, True)]
+    assert views_of(replace(config, portrait=0.5)) == [(False, False), (True, False), (False, True)]
+    clips = take(data.Loader(config, puppet_row(), 25, make_mesh(**SIZES)), 1)[0].clips
+    own = (clips.reference == clips.video[:, 0]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(own, clips.last)
+
+
+def test_puppets_prompts_as_the_director_words_them():
+    plain, directed = (
+        open_source(replace(PUPPETS, directed=directed), PUPPETS.buckets[0], 25).record(3, None)
+        for directed in (False, True)
+    )
+    assert directed["prompt"].startswith(plain["prompt"]) and "The protagonist" in directed["prompt"]
+    np.testing.assert_array_equal(plain["video"], directed["video"])
+
+
+def test_prompts_say_what_they_mean():
+    source = open_source(DataConfig(source="prompts", buckets=PUPPETS.buckets), PUPPETS.buckets[0], 25)
+    records = [source.record(i, None) for i in range(40)]
+    assert len({record["prompt"] for record in records}) == 40
+    for record in records:
+        meant = {name for name, value in zip(MEANINGS, record["meant"], strict=True) if value}
+        assert len(meant & {"smile", "neutral", "frown"}) == 1 and len(meant & set(CAMERAS)) == 1
+        if "zoom in" in meant:
+            assert any(word in record["prompt"].lower() for word in ("zoom", "closer", "pushes in"))
+
+
+def test_the_text_encoder_learns_to_read(tmp_path):
+    """Two hundred prompts later it tells more than their base rates."""
+    model = replace(train_tiny.model(), text=replace(train_tiny.model().text, width=32, mlp=64))
+    config = TrainConfig(
+        name="reads",
+        model=replace(model, dit=replace(model.dit, text_length=192)),
+        task="text",
+        steps=40,
+        data=DataConfig(source="prompts", buckets=(Bucket(width=32, height=32, frames=1, batch=16),)),
+        trained=TrainedConfig(patterns=(r"text/.*",)),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=5e-3, warmup=5),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=1),
+    )
+    assert loop.train(config, tmp_path, resume=False) == 40
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 0.7 * lines[0]["loss"]
+    assert (tmp_path / "weights" / "text" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="prompts"):
+        replace(config, data=PUPPETS)
+    wrong = replace(config, trained=TrainedConfig(patterns=(r"vae/.*",)))
+    with pytest.raises(ValueError, match="text encoder alone"):
+        loop.train(wrong, tmp_path / "wrong", resume=False)
 
 
 def test_a_process_loads_the_rows_of_its_own_devices():

@@ -50,11 +50,11 @@ def tell_windows(conditions: Conditions, weights: Weights, config: Config) -> tu
 
 def at_blueprint_size(config: Config) -> Config:
     """The run's config for the cascade's first stage: smaller, fewer steps."""
-    scale = config.cascade.blueprint_scale
+    scale, grain = config.cascade.blueprint_scale, config.grain
     return dataclasses.replace(
         config,
-        width=max(16, 16 * round(config.width * scale / 16)),
-        height=max(16, 16 * round(config.height * scale / 16)),
+        width=max(grain, grain * round(config.width * scale / grain)),
+        height=max(grain, grain * round(config.height * scale / grain)),
         sampling=dataclasses.replace(config.sampling, steps=config.cascade.blueprint_steps),
     )
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import kavatar_jax
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
 from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs
 from kavatar_jax.config import Config, load_config, set_fields
+from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.director.rules import direct
 from kavatar_jax.director.storyline import check, read_storyline, write_storyline
 from kavatar_jax.media.audio import is_silent, load_speech
@@ -57,7 +57,7 @@ class Order:
 def run(order: Order) -> None:
     """Make the video. ValueError, before any work, for whatever is wrong with the order."""
     console = Console(stderr=True)
-    _keep_compiled_programs()
+    keep_compiled_programs()
     config = read_order(order)
     request = read_request(order, config)
     if is_silent(request.speech):
@@ -67,7 +67,7 @@ def run(order: Order) -> None:
         write_storyline(plan, order.storyline_out)
 
     started = time.perf_counter()
-    with jax.set_mesh(make_mesh()), _Display(console) as display:
+    with jax.set_mesh(make_mesh()), Display(console) as display:
         weights, config = _open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
@@ -90,7 +90,7 @@ def read_order(order: Order) -> Config:
             width, height = map(int, order.size.lower().split("x"))
         except ValueError:
             raise ValueError(f"--size {order.size} is not WIDTHxHEIGHT, as in 512x512") from None
-        check_size(width, height)
+        check_size(width, height, config.grain)
         config = dataclasses.replace(config, width=width, height=height)
     fields += [f"fps={order.fps}"] if order.fps is not None else []
     fields += [f"sampling.steps={order.steps}"] if order.steps is not None else []
@@ -128,13 +128,6 @@ def sidecar_path(out: Path) -> Path:
     return out.with_suffix(".json")
 
 
-def _keep_compiled_programs() -> None:
-    """Programs compiled once serve later runs, unless the user has a cache of their own."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kavatar_jax" / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def _open_weights(order: Order, config: Config, console: Console) -> tuple[Weights, Config]:
     if order.weights is not None:
         return load_weights(order.weights, config), config
@@ -168,29 +161,3 @@ def _write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-class _Display:
-    """A bar per stage with the time left; also how long each stage took. Called as a Report."""
-
-    def __init__(self, console: Console):
-        columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-        self._tasks: dict[str, int] = {}
-        self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
-
-    def __enter__(self):
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self._progress.stop()

@@ -18,7 +18,6 @@ from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
 from kavatar_jax.diffusion.guidance import Branch
 from kavatar_jax.diffusion.solver import euler
 from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
-from kavatar_jax.models import vae
 from kavatar_jax.models.dit import DiT, Inputs
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, constrain, replicated
@@ -131,7 +130,7 @@ def step_weights(windows: Windows, sampling: SamplingConfig) -> tuple[np.ndarray
 
 def draw_noise(seed: int, windows: Windows, config: Config) -> jax.Array:
     """(slots, T, h, w, C) float32; a frame's noise depends on the seed and its number, not on the video's length."""
-    shape = (config.height // vae.STRIDE, config.width // vae.STRIDE, config.vae.latent_channels)
+    shape = (config.height // config.vae.side, config.width // config.vae.side, config.vae.latent_channels)
     frames = windows.starts[:, None] + np.arange(windows.length)
     return _draw(jax.random.key(seed), frames, shape)
 

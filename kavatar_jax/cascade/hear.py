@@ -12,8 +12,8 @@ import numpy as np
 
 from kavatar_jax.config import Config, SamplingConfig
 from kavatar_jax.diffusion.windows import Windows
-from kavatar_jax.models import wav2vec2
 from kavatar_jax.models.audio_adapter import ABSENT, slice_table
+from kavatar_jax.models.speech import kind
 from kavatar_jax.types import SAMPLE_RATE, Params
 
 WINDOWS_AT_ONCE = 4  # speech encoder batch; a small one, so that memory does not grow with the recording
@@ -49,7 +49,8 @@ def spans_of_frames(first_frames: np.ndarray, fps: int, sampling: SamplingConfig
 def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Features (W, L, D) float32 and slices (W, T, A) int32 of every span of samples."""
     lengths = spans[:, 1] - spans[:, 0]
-    tokens = [wav2vec2.token_count(int(length), config.speech) if length else 0 for length in lengths]
+    encoder = kind(config.speech)
+    tokens = [encoder.token_count(int(length), config.speech) if length else 0 for length in lengths]
     tables = [slice_table(count, config.sampling.window_frames) if count > 0 else None for count in tokens]
     width = max(table.shape[1] for table in tables if table is not None)
     features = np.zeros((len(spans), max(tokens), config.speech.width), np.float32)
@@ -62,7 +63,7 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
             waves = np.zeros((min(WINDOWS_AT_ONCE, len(where)), length), np.float32)
             for row, window in zip(waves, chosen, strict=False):
                 heard = speech[spans[window, 0] : spans[window, 1]]
-                row[: len(heard)] = wav2vec2.normalise(heard) if len(heard) else heard
+                row[: len(heard)] = encoder.normalise(heard) if len(heard) else heard
             features[chosen, : tokens[chosen[0]]] = _listen(config.speech, params, waves)[: len(chosen)]
         for window in where:
             table = tables[window]
@@ -73,4 +74,4 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _listen(config, params, waves):
-    return wav2vec2.Wav2Vec2(config).apply({"params": params}, waves).last
+    return kind(config).listen(params, waves, config)

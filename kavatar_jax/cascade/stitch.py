@@ -14,9 +14,13 @@ def stitch(
     clips: Clips | Blueprint, request: Request, conditions: Conditions, weights: Weights, config: Config, report: Report
 ) -> Video:
     """One video of conditions.frames frames; the frame that two clips share appears once."""
-    frames = _join(clips, weights, config) if isinstance(clips, Clips) else decode(clips.latents, weights, config)
+    if isinstance(clips, Clips):
+        frames = _join(clips, weights, config)
+        cuts = tuple(int(cut) for cut in 4 * np.cumsum(np.array(clips.lengths) - 1)[:-1])
+    else:
+        frames, cuts = decode(clips.latents, weights, config), ()
     images = _counted(frames, conditions.frames, report)
-    return Video(images=images, frames=conditions.frames, fps=config.fps, speech=request.speech)
+    return Video(images=images, frames=conditions.frames, fps=config.fps, speech=request.speech, cuts=cuts)
 
 
 def decode(latents: np.ndarray, weights: Weights, config: Config) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from kavatar_jax.checkpoint import weights as store
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import load_tokenizer
-from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.components import COMPONENTS, abstract, model_of
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import partition
 from kavatar_jax.types import Params
@@ -50,8 +50,9 @@ def read_configs(folder: Path, config: Config) -> Config:
     found = {}
     for name, component in COMPONENTS.items():
         mine = getattr(config, name)
-        stored = store.read_config(folder / name, component.config)
-        kept = {field.name: getattr(mine, field.name) for field in dataclasses.fields(mine) if field.name in RUN_FIELDS}
+        stored = store.read_config(folder / name, *component.kinds)
+        names = {field.name for field in dataclasses.fields(stored)}.intersection(RUN_FIELDS)
+        kept = {field: getattr(mine, field) for field in names if hasattr(mine, field)}
         found[name] = dataclasses.replace(stored, **kept)
     read = dataclasses.replace(config, **found)
     _check_fit(folder, read)
@@ -62,9 +63,10 @@ def load_weights(folder: Path, config: Config) -> Weights:
     """Read every network onto the current mesh, sharded by its AXES."""
     check_complete(folder)
     mesh, loaded = current(), {}
-    for name, component in COMPONENTS.items():
-        wanted = abstract(name, getattr(config, name))
-        loaded[name] = store.load_component(folder / name, wanted, partition(wanted, component.model.AXES, mesh))
+    for name in COMPONENTS:
+        part = getattr(config, name)
+        wanted, axes = abstract(name, part), model_of(name, part).AXES
+        loaded[name] = store.load_component(folder / name, wanted, partition(wanted, axes, mesh))
     return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
 
 
@@ -107,13 +109,13 @@ def check_complete(folder: Path) -> None:
 def _check_fit(folder: Path, config: Config) -> None:
     """What the transformer expects of the encoders is what they give."""
     audio = config.dit.audio
-    if audio is None or config.dit.image_width is None:
+    if audio is None or config.dit.in_channels == config.dit.out_channels:
         raise ValueError(
             f"{folder / 'dit'} does not listen to speech or does not see a portrait; it needs {SOURCES['dit']}"
         )
     pairs = {
         "text": (config.dit.text_width, config.text.width),
-        "image": (config.dit.image_width, config.image.width),
+        "image": (config.dit.image_width or config.image.width, config.image.width),
         "speech": (audio.speech_width, config.speech.width),
     }
     odd = [f"{name} of width {given}, expected {wanted}" for name, (wanted, given) in pairs.items() if wanted != given]

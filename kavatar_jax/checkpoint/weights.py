@@ -91,14 +91,25 @@ def load_component(folder: Path, abstract: Params, shardings: Params) -> Params:
 
 
 def write_config(folder: Path, config: Any) -> None:
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    described = {"kind": type(config).__name__, **dataclasses.asdict(config)}
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path, kind: type) -> Any:
-    """The dataclass in a component's config.json. ValueError unless it has every field, no other, and of its type."""
-    path = folder / "config.json"
+def read_config(folder: Path, *kinds: type) -> Any:
+    """The dataclass in a component's config.json, one of `kinds`; the first where it does not say which.
+
+    ValueError unless it has every field, no other, and of its type.
+    """
+    path, kind = folder / "config.json", kinds[0]
     try:
-        return _revive(json.loads(path.read_text(encoding="utf-8")), kind, "it")
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(described, dict) and "kind" in described:
+            named = described.pop("kind")
+            kind = next((kind for kind in kinds if kind.__name__ == named), None)
+            if kind is None:
+                kind = kinds[0]
+                raise ValueError(f"it is a {named}")
+        return _revive(described, kind, "it")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except ValueError as error:  # also what is no JSON and no text

@@ -5,6 +5,7 @@ level in dB and pitch in Hz. Value i of a contour describes the span [i * hop, (
 hop = 1 / fps value i belongs to video frame i.
 """
 
+import functools
 import io
 import subprocess
 from pathlib import Path
@@ -122,8 +123,12 @@ def _energy(samples: np.ndarray, hop: float) -> np.ndarray:
 
 def _energy_above_hum(speech: Speech) -> np.ndarray:
     """(n,) float32 dBFS every _HOP seconds, above 100 Hz: mains hum and rumble are not speech."""
-    high_pass = signal.butter(2, 100, "highpass", fs=SAMPLE_RATE, output="sos")
-    return _energy(np.asarray(signal.sosfilt(high_pass, speech.samples)), _HOP)
+    return _energy(np.asarray(signal.sosfilt(_high_pass(), speech.samples)), _HOP)
+
+
+@functools.cache
+def _high_pass() -> np.ndarray:
+    return signal.butter(2, 100, "highpass", fs=SAMPLE_RATE, output="sos")
 
 
 def _level_and_floor(energy: np.ndarray) -> tuple[float, float] | None:

@@ -58,17 +58,17 @@ def fit(
     return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=window))
 
 
-def fit_size(width: int, height: int) -> tuple[int, int]:
-    """The nearest (width, height) that are multiples of 16, at least 16; halfway goes up."""
-    return _nearest_multiple(width), _nearest_multiple(height)
+def fit_size(width: int, height: int, multiple: int = MULTIPLE) -> tuple[int, int]:
+    """The nearest (width, height) that are multiples of 16 or another number, at least once; halfway goes up."""
+    return _nearest_multiple(width, multiple), _nearest_multiple(height, multiple)
 
 
-def check_size(width: int, height: int) -> None:
-    """ValueError that names the nearest good size, unless both sides are positive multiples of 16."""
-    nearest = fit_size(width, height)
+def check_size(width: int, height: int, multiple: int = MULTIPLE) -> None:
+    """ValueError that names the nearest good size, unless both sides are positive multiples."""
+    nearest = fit_size(width, height, multiple)
     if (width, height) != nearest:
         raise ValueError(
-            f"size {width}x{height} is not a multiple of {MULTIPLE}; the nearest is {nearest[0]}x{nearest[1]}"
+            f"size {width}x{height} is not a multiple of {multiple}; the nearest is {nearest[0]}x{nearest[1]}"
         )
 
 
@@ -84,8 +84,8 @@ def resize_bicubic_torch(image: np.ndarray, height: int, width: int) -> np.ndarr
     return _bicubic_matrix(columns, width) @ image.reshape(*lead, height, columns, channels)
 
 
-def _nearest_multiple(side: int) -> int:
-    return max(MULTIPLE, (side + MULTIPLE // 2) // MULTIPLE * MULTIPLE)
+def _nearest_multiple(side: int, multiple: int) -> int:
+    return max(multiple, (side + multiple // 2) // multiple * multiple)
 
 
 def _open(path: Path) -> Image.Image:

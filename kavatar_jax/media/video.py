@@ -68,15 +68,18 @@ def write_video(
     first = next(frames, None)
     if first is None:
         raise ValueError(f"video {path}: there are no frames to write")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    whole, mute = (path.with_name(f".{path.stem}.{os.getpid()}.{word}{path.suffix}") for word in ("partial", "mute"))
     try:
         with tempfile.TemporaryDirectory() as scratch:
             sound = None if speech is None else _sound_file(speech, Path(scratch))
-            command = _encode_command(first.shape, sound, partial, fps, quality)
-            _feed(command, itertools.chain([first], frames), path)
-        os.replace(partial, path)
+            command = _encode_command(first.shape, whole if sound is None else mute, fps, quality)
+            count = _feed(command, itertools.chain([first], frames), path)
+            if sound is not None:  # how long it is to be is known only now
+                _feed(_mux_command(mute, sound, whole, count / fps), (), path)
+        os.replace(whole, path)
     finally:
-        partial.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
+        mute.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> Path:
@@ -144,6 +147,7 @@ def contact_sheet(frames: Iterable[np.ndarray], *, columns: int) -> np.ndarray:
 
 
 # swscale's defaults are faster and coarser: dark by one level, colour edges shifted.
+_WEB = ("-movflags", "+faststart")  # the index first, so that a browser can start before it has the whole file
 _SCALE = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
 
 
@@ -161,34 +165,30 @@ def _sound_file(speech: Speech, scratch: Path) -> Path:
     return scratch / "speech.wav"
 
 
-def _encode_command(shape: tuple[int, ...], sound: Path | None, target: Path, fps: float, quality: int) -> list[str]:
+def _encode_command(shape: tuple[int, ...], target: Path, fps: float, quality: int) -> list[str]:
     height, width = shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"video size {width}x{height} is odd; H.264 with 4:2:0 colour needs even sides")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-nostats", "-y"]
-    command += [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-        "-r",
-        str(_rational(fps)),
-        "-i",
-        "pipe:0",
-    ]
-    if sound is not None:  # apad never ends, so -shortest means the length of the picture
-        command += ["-i", f"file:{sound}", "-map", "0:v:0", "-map", "1:a:0", "-shortest"]
-        command += ["-af", f"{audio.FROM_ZERO},apad", "-c:a", "aac", "-b:a", "192k"]
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(_rational(fps)), "-i", "pipe:0"]
     tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-    command += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,{tags}"]
-    return [*command, "-c:v", "libx264", "-crf", str(quality), "-movflags", "+faststart", f"file:{target}"]
+    colours = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,{tags}"]
+    return [*_ffmpeg(), *raw, *colours, "-c:v", "libx264", "-crf", str(quality), *_WEB, f"file:{target}"]
 
 
-def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> None:
-    """Run the encoder over the frames. Its log goes to a file: a pipe that nobody reads would fill up and block."""
-    shape = None
+def _mux_command(mute: Path, sound: Path, target: Path, seconds: float) -> list[str]:
+    """The picture as it is, and the sound cut or padded to its length."""
+    inputs = ["-i", f"file:{mute}", "-i", f"file:{sound}", "-map", "0:v:0", "-map", "1:a:0"]
+    as_long = ["-af", f"{audio.FROM_ZERO},apad,atrim=end={seconds:.6f}"]
+    return [*_ffmpeg(), *inputs, "-c:v", "copy", *as_long, "-c:a", "aac", "-b:a", "192k", *_WEB, f"file:{target}"]
+
+
+def _ffmpeg() -> list[str]:
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-nostats", "-y"]
+
+
+def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> int:
+    """Run ffmpeg over the frames; how many they were. Its log goes to a file: a pipe that nobody reads would block."""
+    shape, count = None, 0
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log) as encoder:
         assert encoder.stdin is not None
         try:
@@ -201,6 +201,7 @@ def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> None:
                 )
                 if not _written(encoder.stdin, np.ascontiguousarray(frame)):
                     break
+                count += 1
         except BaseException:
             encoder.kill()
             raise
@@ -209,6 +210,7 @@ def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> None:
                 encoder.stdin.close()
         if encoder.wait() != 0:
             raise OSError(f"video {path}: ffmpeg could not write it ({_last_words(log)})")
+    return count
 
 
 def _written(pipe: IO[bytes], frame: np.ndarray) -> bool:

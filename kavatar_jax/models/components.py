@@ -6,30 +6,39 @@ from typing import NamedTuple
 
 import jax
 
-from kavatar_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig, Wav2Vec2Config
-from kavatar_jax.models import clip, dit, umt5, vae, wav2vec2
+from kavatar_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from kavatar_jax.models import clip, dit, speech, umt5, vae
 from kavatar_jax.types import Params
 
 
 class Component(NamedTuple):
-    """A model file (init, AXES, TORCH, UNUSED, config_of), its config class, and what it is for."""
+    """A model file (init, AXES, TORCH, UNUSED, config_of) for each class of config, the published one first, and a role."""
 
-    model: ModuleType
-    config: type
+    kinds: dict[type, ModuleType]
     role: str
+
+    @property
+    def model(self) -> ModuleType:
+        """The published one's file."""
+        return next(iter(self.kinds.values()))
 
 
 COMPONENTS = {
-    "dit": Component(dit, DiTConfig, "the diffusion transformer"),
-    "vae": Component(vae, VAEConfig, "the video autoencoder"),
-    "text": Component(umt5, UMT5Config, "the text encoder"),
-    "image": Component(clip, CLIPConfig, "the portrait encoder"),
-    "speech": Component(wav2vec2, Wav2Vec2Config, "the speech encoder"),
+    "dit": Component({DiTConfig: dit}, "the diffusion transformer"),
+    "vae": Component({VAEConfig: vae}, "the video autoencoder"),
+    "text": Component({UMT5Config: umt5}, "the text encoder"),
+    "image": Component({CLIPConfig: clip}, "the portrait encoder"),
+    "speech": Component(speech.KINDS, "the speech encoder"),
 }
 
 
 @functools.cache
 def abstract(component: str, config) -> Params:
     """Shapes and dtypes of a component's parameters, nothing computed. Shared between callers: not to be changed."""
-    model = COMPONENTS[component].model
+    model = model_of(component, config)
     return jax.eval_shape(lambda key: model.init(config, key), jax.random.key(0))
+
+
+def model_of(component: str, config) -> ModuleType:
+    """The model file that a component with this config is made by."""
+    return COMPONENTS[component].kinds[type(config)]

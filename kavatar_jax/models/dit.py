@@ -14,6 +14,7 @@ import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import AudioAdapterConfig, DiTConfig
+from kavatar_jax.diffusion.flow import TRAIN_STEPS
 from kavatar_jax.models import audio_adapter, director_projection
 from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, attend_per_frame
 from kavatar_jax.models.director_projection import DirectorProjection
@@ -32,6 +33,8 @@ from kavatar_jax.nn.rope import rope_table, rotate
 from kavatar_jax.nn.stack import stack
 from kavatar_jax.parallel.sharding import constrain
 from kavatar_jax.types import Params
+
+MASK_CHANNELS = 4  # of the condition, one for each video frame of a latent frame
 
 
 class Inputs(NamedTuple):
@@ -88,7 +91,11 @@ class DiT(nn.Module):
     def __call__(self, inputs: Inputs) -> Outputs:
         c = self.config
         grid = tuple(n // p for n, p in zip(inputs.latents.shape[1:4], c.patch, strict=True))
-        tokens = Patchify(c, name="patch")(inputs.latents, inputs.condition)
+        condition = inputs.condition
+        if c.reference == "every":
+            assert condition is not None, "there is no condition that could show the reference"
+            condition = show_reference(condition)
+        tokens = Patchify(c, name="patch")(inputs.latents, condition)
         cos, sin = rope(grid, c)
         if inputs.frames is not None:  # past the end of a short window: zero tokens, not rotated, attended as released
             real = jnp.repeat(jnp.arange(grid[0]) < inputs.frames[:, None], grid[1] * grid[2], axis=1)[..., None]
@@ -111,7 +118,10 @@ class DiT(nn.Module):
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
         x, _ = blocks(x, context)
-        return Outputs(Head(c, name="head")(x, time, grid), tokens, time, context, x)
+        velocity = Head(c, name="head")(x, time, grid)
+        if c.predicts == "clean":
+            velocity = velocity_to(velocity, inputs.latents, inputs.timestep)
+        return Outputs(velocity, tokens, time, context, x)
 
 
 class Block(nn.Module):
@@ -255,7 +265,7 @@ class ImageEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens -> velocity (B, T, H, W, out_channels) float32."""
+    """Tokens -> velocity, or clean latents, (B, T, H, W, out_channels) float32."""
 
     config: DiTConfig
 
@@ -269,6 +279,19 @@ class Head(nn.Module):
         (T, H, W), (t, h, w) = grid, c.patch
         x = x.reshape(-1, T, H, W, t, h, w, c.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(-1, T * t, H * h, W * w, c.out_channels)
+
+
+def velocity_to(clean, noisy, timestep_B):
+    """The velocity by which noisy latents at a timestep come from these clean ones: (noisy - clean) / sigma."""
+    sigma = timestep_B.astype(jnp.float32)[:, None, None, None, None] / TRAIN_STEPS
+    return (noisy.astype(jnp.float32) - clean) / sigma
+
+
+def show_reference(condition_BTHWC):
+    """The first frame's latents in place of those of frames that are not given; the mask stays as it is."""
+    mask, latents = condition_BTHWC[..., :MASK_CHANNELS], condition_BTHWC[..., MASK_CHANNELS:]
+    given = (mask > 0).any(axis=-1, keepdims=True)
+    return jnp.concatenate([mask, jnp.where(given, latents, latents[:, :1])], axis=-1)
 
 
 def split_heads(x_BSD, config: DiTConfig):

@@ -1,8 +1,10 @@
 """Wan2.1's causal 3D VAE: video in and latents out, and back; 8x smaller in space, 4x in time.
 
+Squares of `patch` pixels may be folded into channels first and last, as in Wan2.2's VAE, which takes twice two: 16x.
+
 The first frame becomes the first latent frame, every further group of four frames one more. Encoder and decoder take one
 chunk and what the chunks before left behind, so a video of any length goes through one compiled program.
-Source: Wan 2.1, arXiv 2503.20314, section 4.1; Wan-Video/Wan2.1, wan/modules/vae.py.
+Source: Wan 2.1, arXiv 2503.20314, section 4.1; Wan-Video/Wan2.1, wan/modules/vae.py; Wan2.2, wan/modules/vae2_2.py.
 """
 
 import functools
@@ -21,8 +23,6 @@ from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.sharding import constrain
 from kavatar_jax.types import Params
-
-STRIDE = 8  # pixels per latent, each way; four levels
 
 TRUNCATED_STD = 0.87962566  # of a normal cut at two standard deviations
 
@@ -45,7 +45,7 @@ def encode(params: Params, video_BFHWC, config: VAEConfig, *, chunk: int | None 
     once, which compiles in half the time and needs memory in proportion). ValueError for a size that 8 does not divide.
     """
     _check_size(video_BFHWC.shape, config)
-    stride = _time_stride(config)
+    stride = config.stride
     groups = (video_BFHWC.shape[1] - 1) // stride
     call = functools.partial(Encoder(config).apply, {"params": params["encoder"]})
     moments = _in_chunks(call, video_BFHWC[:, : 1 + groups * stride], chunk and chunk * stride)
@@ -77,7 +77,7 @@ def decode_stream(
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
     state, before = None, None
     for piece, count in _regroup(latents, chunk):
-        real = count * _time_stride(config) if state else 1
+        real = count * config.stride if state else 1
         frames, state = _decode_chunk(params, piece[None], state, config=config, pixels=pixels)
         frames.copy_to_host_async()
         if before is not None:
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         c = self.config
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         run, kept = thread(state)
-        x = run(CausalConv(c.width, **types, name="conv_in"), _spread(x_BFHWC))
+        x = run(CausalConv(c.width, **types, name="conv_in"), _spread(fold(x_BFHWC, c.patch)))
         for level, multiplier in enumerate(c.multipliers):
             for block in range(c.blocks):
                 x = run(ResBlock(c, c.width * multiplier, name=f"level_{level}_block_{block}"), x)
@@ -139,8 +139,22 @@ class Decoder(nn.Module):
             if level < len(c.temporal):
                 x = _spread(run(Upsample(c, c.temporal[-1 - level], name=f"level_{level}_up"), x))
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
-        x = run(CausalConv(3, **types, name="conv_out"), x)
-        return x, kept
+        x = run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x)
+        return unfold(x, c.patch), kept
+
+
+def fold(x_BFHWC, patch: int):
+    """Squares of patch x patch pixels -> channels, (B, F, H / patch, W / patch, patch * patch * C)."""
+    B, F, H, W, C = x_BFHWC.shape
+    squares = x_BFHWC.reshape(B, F, H // patch, patch, W // patch, patch, C)
+    return squares.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, F, H // patch, W // patch, patch * patch * C)
+
+
+def unfold(x_BFHWC, patch: int):
+    """The inverse of `fold`."""
+    B, F, H, W, C = x_BFHWC.shape
+    squares = x_BFHWC.reshape(B, F, H, W, patch, patch, C // patch**2)
+    return squares.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, F, H * patch, W * patch, C // patch**2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -149,7 +163,7 @@ def _init(config, key):
 
     flat = flatten(
         {
-            "encoder": _shapes(Encoder(config), (1, 1 + _time_stride(config), 16, 16, 3)),
+            "encoder": _shapes(Encoder(config), (1, 1 + config.stride, 2 * config.side, 2 * config.side, 3)),
             "decoder": _shapes(Decoder(config), (1, 2, 2, 2, config.latent_channels)),
         }
     )
@@ -221,15 +235,11 @@ def _spread(x_BFHWC):
     return constrain(x_BFHWC, "batch", None, None, "tokens", None)
 
 
-def _time_stride(config: VAEConfig) -> int:
-    return 2 ** sum(config.temporal)
-
-
 def _check_size(shape, config: VAEConfig):
-    side = 2 ** len(config.temporal)
-    if shape[1] < 1 or shape[2] % side or shape[3] % side:
+    if shape[1] < 1 or shape[2] % config.side or shape[3] % config.side:
         raise ValueError(
-            f"a video of {shape[1]} frames of {shape[3]}x{shape[2]}: width and height must be multiples of {side}"
+            f"a video of {shape[1]} frames of {shape[3]}x{shape[2]}: width and height must be multiples of "
+            f"{config.side}"
         )
 
 

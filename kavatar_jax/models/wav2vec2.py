@@ -157,6 +157,11 @@ def init(config: Wav2Vec2Config, key) -> Params:
     return dict(Wav2Vec2(config).init(key, samples_BS)["params"])
 
 
+def listen(params: Params, samples_BS, config: Wav2Vec2Config, *, lora: Params | None = None):
+    """Normalised recordings of equal length -> (B, L, width) float32."""
+    return Wav2Vec2(config).apply({"params": params, "lora": lora or {}}, samples_BS).last.astype(jnp.float32)
+
+
 def normalise(samples: np.ndarray) -> np.ndarray:
     """Each recording (..., S) to zero mean and unit variance: (x - mean) / sqrt(variance + 1e-7), float32."""
     x = np.asarray(samples, np.float64)

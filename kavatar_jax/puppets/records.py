@@ -4,12 +4,13 @@ A record is a pure function of (config, index): nothing is stored, nothing depen
 and resuming is exact. Voices and looks of the two splits never meet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
 
 from kavatar_jax.puppets.articulation import mouth_shapes
+from kavatar_jax.puppets.drive import drive
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.performance import perform, sample_script
 from kavatar_jax.puppets.prompts import describe
@@ -19,13 +20,15 @@ from kavatar_jax.puppets.state import column, rest_state
 from kavatar_jax.puppets.voice import sample_voice, utter
 from kavatar_jax.types import SAMPLE_RATE
 
+MARGIN = 2  # seconds
 SPLITS = {"train": 0, "held out": 1 << 30}  # where the seeds of a split's looks, voices and rooms begin
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsConfig:
     """frames: of a clip; fps must divide the sample rate, so that each frame has a whole number of samples;
-    identities: how many looks (and as many voices) a split has; silent: share of clips in which nobody speaks."""
+    identities: how many looks (and as many voices) a split has; silent: share of clips in which nobody speaks;
+    driven: how far the mouth's opening is what `drive` makes of the recording, in place of what the phones say."""
 
     seed: int = 0
     split: str = "train"
@@ -35,6 +38,7 @@ class RecordsConfig:
     fps: int = 25
     identities: int = 1 << 20
     silent: float = 0.04
+    driven: float = 0.0
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -75,16 +79,24 @@ class Records:
         seconds = config.frames / config.fps
         script = sample_script(rng, seconds)
         mood = {"smile": 1.0, "neutral": 0.0, "frown": -1.0}[script.emotion]
-        speech = utter(voice, seconds, seed=seed, smile=mood, arousal=script.arousal)
-        mouth = mouth_shapes(speech.phones, config.fps, config.frames)
+        margin = MARGIN * config.fps if config.driven else 0  # what `drive` has to know of the sound around the clip
+        speech = utter(voice, seconds + 2 * margin / config.fps, seed=seed, smile=mood, arousal=script.arousal)
+        mouth = mouth_shapes(speech.phones, config.fps, config.frames + 2 * margin)
         samples, phones = speech.samples, speech.phones
         if rng.random() < config.silent:
             samples, mouth, phones = 0 * samples, 0 * mouth, []
+        sound = record(samples, room, seed=seed)
+        if config.driven:
+            mouth[:, 0] += config.driven * (drive(sound, config.fps)[:, 0] - mouth[:, 0])
+            lead = margin / config.fps
+            phones = [replace(phone, start=phone.start - lead, end=phone.end - lead) for phone in phones]
+            first = margin * SAMPLE_RATE // config.fps
+            mouth, sound = mouth[margin:-margin], sound[first:-first]
         state = perform(mouth, script, fps=config.fps, seed=seed, phones=phones)
         footage = render(identity, state, height=config.height, width=config.width)
         return {
             "video": footage.video,
-            "audio": record(samples, room, seed=seed),
+            "audio": sound,
             "prompt": describe(identity, script, rng),
             "portrait": _portrait(identity, state, config),
             "face_mask": footage.face_mask,

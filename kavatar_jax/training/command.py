@@ -8,6 +8,7 @@ import jax
 from rich.console import Console
 
 from kavatar_jax.config import load_config, set_fields
+from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.training.config import TrainConfig
 from kavatar_jax.training.loop import train
 
@@ -21,6 +22,7 @@ def run(*, config: str, out: Path, resume: bool = False, fields: tuple[str, ...]
     wanted = set_fields(load_config(config), list(fields))
     if not isinstance(wanted, TrainConfig):
         raise ValueError(f"--config {config} describes no training run; give one of configs/train_*.py")
+    keep_compiled_programs()
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(wanted), indent=2) + "\n")

@@ -16,8 +16,8 @@ DIRECTOR = (r"dit/director/.*", r"dit/blocks/cross_attn/director_gate")
 TEXT_CROSS_ATTENTION = (r"dit/blocks/cross_attn/([qkvo]|norm_[qk])/.*", r"dit/text/.*")
 EVERY_LINEAR = (r"dit/(?!audio/|director/)(?!.*_audio/).*",)  # StableAvatar: every linear whose path names no audio
 
-TASKS = ("dit", "vae")
-SOURCES = ("puppets", "clips", "prepared")
+TASKS = ("dit", "vae", "text")
+SOURCES = ("puppets", "clips", "prepared", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,12 @@ class Bucket:
 class DataConfig:
     """Where clips come from and what is shown of each.
 
-    source: "puppets", "clips" (folders as StableAvatar lays them out) or "prepared" (latents on disk); folder: of the
-    latter two; split: of puppets, "train" or "held out"
-    first_last: share of clips whose last frame is given as well as the first
-    portrait: share of clips whose given first frame is the record's portrait, where it has one
+    source: "puppets", "clips" (folders as StableAvatar lays them out), "prepared" (latents on disk) or "prompts" (what
+    puppets are told, alone); folder: of clips and prepared ones; split: of puppets, "train" or "held out"
+    directed: puppets' prompts as the director would word them for each clip
+    driven: how far puppets' mouths follow the sound alone; see puppets.records
+    first_last: share of clips whose last frame is given as well as the first, both their own
+    portrait: share of the others whose given first frame is the record's portrait, where it has one
     padding: share of clips with empty pixels around them, each side up to padding_most of the frame (Kling-Avatar, 2.4)
     whole_masks: clips without masks count as all face and all lips, as released; else they are an error
     threads, workers, ahead: that load batches in each process, processes beside it (0: none), batches kept ready
@@ -59,6 +61,8 @@ class DataConfig:
     buckets: tuple[Bucket, ...]
     folder: str = ""
     split: str = "train"
+    directed: bool = False
+    driven: float = 0.0
     seed: int = 0
     first_last: float = 0.0
     portrait: float = 0.0
@@ -71,13 +75,13 @@ class DataConfig:
 
     def __post_init__(self):
         _one_of("data.source", self.source, SOURCES)
-        for name in ("first_last", "portrait", "padding"):
+        for name in ("first_last", "portrait", "padding", "driven"):
             _share(f"data.{name}", getattr(self, name))
         if not 0 <= self.padding_most < 0.5:
             raise ValueError(f"data.padding_most is {self.padding_most}; a side takes at least 0 and less than 0.5")
         if not self.buckets:
             raise ValueError("data.buckets is empty; give at least one Bucket")
-        if self.source != "puppets" and not self.folder:
+        if self.source in ("clips", "prepared") and not self.folder:
             raise ValueError(f"data.source is {self.source!r} and data.folder is empty; say where the data is")
 
 
@@ -131,10 +135,12 @@ class ReconstructionConfig:
     """What the autoencoder learns: |error| of pixels and of their differences in time, and the posterior kept near normal.
 
     lip_weight, face_weight: of the error inside the masks; motion: of the differences; kl: of the divergence
+    spread: how much of the posterior's deviation is drawn, 0 for its mode alone
     chunk: latent frames worked on at a time, None for all at once
     """
 
     kl: float = 1e-6
+    spread: float = 1.0
     lip_weight: float = 1.0
     face_weight: float = 1.0
     motion: float = 0.0
@@ -164,8 +170,9 @@ class TrainedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. schedule: after `warmup` steps "constant", or "cosine" down to `final` of the rate at the last step.
+    """kind: "adamw", or "muon" for kernels (Jordan 2024) with Adam for the rest.
 
+    schedule: after `warmup` steps "constant", or "cosine" down to `final` of the rate at the last step
     clip: greatest norm of the gradient; at the start it is clip_start times as much, falling to it over clip_settle steps.
     spike: a norm more than this many times the limit, after it has settled, is clipped to as many times less than the
     limit, ten at most (StableAvatar's rule, with 5); 0 for never. decayed: parameters under weight decay
@@ -173,6 +180,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
+    kind: str = "adamw"
     warmup: int = 100
     schedule: str = "constant"
     final: float = 0.1
@@ -189,6 +197,7 @@ class OptimizerConfig:
     ema: float = 0.0
 
     def __post_init__(self):
+        _one_of("optimizer.kind", self.kind, ("adamw", "muon"))
         _one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
         _positive("optimizer.clip", self.clip)
         _positive("optimizer.accumulate", self.accumulate)
@@ -246,7 +255,7 @@ class SamplesConfig:
 class TrainConfig:
     """A whole training run.
 
-    model: every network; task: which of them learns, "dit" (with encoders named in `trained`, if any) or "vae"
+    model: every network; task: which of them learns, "dit" (with encoders named in `trained`, if any), "vae" or "text"
     weights: directory to start from, "" to start afresh; fresh: parameters that it does not hold and that start anew
     """
 
@@ -270,8 +279,10 @@ class TrainConfig:
     def __post_init__(self):
         _one_of("task", self.task, TASKS)
         _positive("steps", self.steps)
-        if self.task == "vae" and self.data.source == "prepared":
+        if self.task == "vae" and self.data.source not in ("puppets", "clips"):
             raise ValueError("the autoencoder learns from pixels; data.source must be 'puppets' or 'clips'")
+        if (self.task == "text") != (self.data.source == "prompts"):
+            raise ValueError("the task 'text' learns from the source 'prompts', and no other does")
         for bucket in self.data.buckets:
             if bucket.batch % self.optimizer.accumulate:
                 raise ValueError(
@@ -281,8 +292,7 @@ class TrainConfig:
 
 def latent_size(frames: int, height: int, width: int, config: VAEConfig) -> tuple[int, int, int]:
     """(T, h, w) of a clip's latents."""
-    side, stride = 2 ** len(config.temporal), 2 ** sum(config.temporal)
-    return (frames - 1) // stride + 1, height // side, width // side
+    return (frames - 1) // config.stride + 1, height // config.side, width // config.side
 
 
 def _one_of(name, value, choices):

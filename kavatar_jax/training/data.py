@@ -16,7 +16,7 @@ from absl import flags
 from kavatar_jax.config import Config
 from kavatar_jax.media.image import resize
 from kavatar_jax.media.text import Tokenizer
-from kavatar_jax.models import clip, wav2vec2
+from kavatar_jax.models import clip, speech
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots
 from kavatar_jax.training.config import Bucket, DataConfig
 from kavatar_jax.training.objective import Batch
@@ -140,6 +140,7 @@ class _Batches:
         rng = np.random.default_rng([self._config.seed, self._number, serial])
         config, record = self._config, self._records.take(serial, rng)
         portrait, last = bool(rng.random() < config.portrait), bool(rng.random() < config.first_last)
+        portrait = portrait and not last  # clips between two frames begin with their own
         if "views" in record:
             return record["name"], _prepared_row(record, portrait, last)
         if rng.random() < config.padding:
@@ -157,7 +158,7 @@ def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Confi
         reference=reference,
         last=np.asarray(last),
         ids=tokenizer([record["prompt"]], model.dit.text_length)[0][0],
-        samples=wav2vec2.normalise(record["samples"]) if model.dit.audio is not None else None,
+        samples=speech.kind(model.speech).normalise(record["samples"]) if model.dit.audio is not None else None,
         pixels=pixels,
         director=record.get("director") if model.dit.director_width is not None else None,
     )

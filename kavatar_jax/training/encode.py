@@ -5,13 +5,12 @@ import jax.numpy as jnp
 
 from kavatar_jax.config import Config
 from kavatar_jax.models import vae
+from kavatar_jax.models.dit import MASK_CHANNELS
 from kavatar_jax.parallel.sharding import constrain
 from kavatar_jax.training import encoders
 from kavatar_jax.training.data import Clips
 from kavatar_jax.training.objective import Batch, resize_masks
 from kavatar_jax.types import Params
-
-MASK_CHANNELS = 4  # one for each video frame of a latent frame
 
 
 def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: frozenset[str]) -> Batch:

@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from kavatar_jax.config import CLIPConfig, UMT5Config, Wav2Vec2Config
+from kavatar_jax.config import CLIPConfig, SpeechConfig, UMT5Config
 from kavatar_jax.media.text import PAD
-from kavatar_jax.models import clip, umt5, wav2vec2
+from kavatar_jax.models import clip, speech, umt5
 from kavatar_jax.types import Params
 
 
@@ -18,6 +18,6 @@ def see(params: Params, pixels_BHWC, config: CLIPConfig, *, lora: Params | None 
     return clip.CLIP(config).apply({"params": params, "lora": lora or {}}, pixels_BHWC).tokens.astype(jnp.float32)
 
 
-def listen(params: Params, samples_BS, config: Wav2Vec2Config, *, lora: Params | None = None):
+def listen(params: Params, samples_BS, config: SpeechConfig, *, lora: Params | None = None):
     """Normalised recordings of equal length -> (B, L, D)."""
-    return wav2vec2.Wav2Vec2(config).apply({"params": params, "lora": lora or {}}, samples_BS).last.astype(jnp.float32)
+    return speech.kind(config).listen(params, samples_BS, config, lora=lora)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.config import Config, DiTConfig
+from kavatar_jax.config import Config
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, add_noise, target_velocity, time_shift
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.dit import DiT, Inputs
@@ -95,8 +95,8 @@ def losses(
     clean = sample_posterior(batch.latents, draws.spread, model.vae, config)
     noisy = add_noise(clean, draws.noise, sigma)
     inputs = _inputs(params, lora, batch, blank, draws, noisy, model, config)
-    output = DiT(dit, clip_level).apply({"params": params["dit"], "lora": lora.get("dit", {})}, inputs).velocity
-    predicted, target = velocity_of(output, noisy, sigma, dit), target_velocity(clean, draws.noise)
+    predicted = DiT(dit, clip_level).apply({"params": params["dit"], "lora": lora.get("dit", {})}, inputs).velocity
+    target = target_velocity(clean, draws.noise)
     weight = mask_weight(draws.gamma, batch.face, batch.lip, config)
     loss = velocity_loss(predicted, target, weight, config)
     if config.least_sigma:
@@ -130,21 +130,12 @@ def mask_weight(gamma_B, face, lip, config: ObjectiveConfig):
     return weight * (1 + (config.lip_weight - 1) * lip)
 
 
-def velocity_of(output, noisy, sigma, config: DiTConfig):
-    """What the head says, as a velocity; a clean sample x stands for (noisy - x) / sigma."""
-    return output if config.predicts == "velocity" else (noisy - output) / sigma
-
-
 def build_condition(batch: Batch, draws: Draws, model: Config, config: ObjectiveConfig):
     """(B, T, h, w, 4 + C): the mask of what is given, and its latents."""
-    latents = sample_posterior(batch.condition, draws.spread_given, model.vae, config)
-    return join_condition(batch.given, latents, model.dit)
+    return join_condition(batch.given, sample_posterior(batch.condition, draws.spread_given, model.vae, config))
 
 
-def join_condition(given_BT4, latents, config: DiTConfig):
-    if config.reference == "every":
-        shown = (given_BT4 > 0).any(axis=-1)[..., None, None, None]
-        latents = jnp.where(shown, latents, latents[:, :1])
+def join_condition(given_BT4, latents):
     mask = jnp.broadcast_to(given_BT4[:, :, None, None], (*latents.shape[:4], 4))
     return jnp.concatenate([mask.astype(latents.dtype), latents], axis=-1)
 

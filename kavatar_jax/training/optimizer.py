@@ -1,4 +1,4 @@
-"""AdamW with warm-up and a clipped gradient norm, as an optax transformation."""
+"""AdamW or Muon with warm-up and a clipped gradient norm, as an optax transformation."""
 
 import re
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import optax
 
 from kavatar_jax.training.config import OptimizerConfig
 
+ADAM_RMS = 0.2  # size of Muon's updates, so that it takes AdamW's learning rates (Liu et al., arXiv 2502.16982)
 MOST = 10  # times the limit that a spike can raise it to
 
 
@@ -26,15 +27,36 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
         return jax.tree_util.tree_map_with_path(matches, params)
 
-    adam = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-    return optax.chain(clip_gradients(config), adam)
+    rate = learning_rate(config, steps)
+    if config.kind == "muon":
+        rule = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=ADAM_RMS,
+        )
+    else:
+        rule = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+        )
+    return optax.chain(clip_gradients(config), rule)
+
+
+def matrices(params):
+    """Which parameters are linear maps, for Muon: kernels, whose last axis is the output and all before it the input,
+    but for the layers of a stack, each a map of its own. None for the rest, which Adam takes care of."""
+
+    def dimensions(path, leaf):
+        names = [key.key for key in path]
+        if names[-1] not in ("kernel", "down", "up") or leaf.ndim < 2:
+            return None
+        first = 1 if "blocks" in names else 0
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -59,8 +59,8 @@ def folder_name(bucket: Bucket) -> str:
 def views_of(config: DataConfig) -> list[tuple[bool, bool]]:
     """The (portrait, last) that a data config can draw."""
     portraits = [False] * (config.portrait < 1) + [True] * (config.portrait > 0)
-    lasts = [False] * (config.first_last < 1) + [True] * (config.first_last > 0)
-    return [(portrait, last) for portrait in portraits for last in lasts]
+    views = [(portrait, False) for portrait in portraits] * (config.first_last < 1)
+    return views + [(False, True)] * (config.first_last > 0)
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

@@ -28,16 +28,16 @@ def losses(
     """Per clip, each (B,): loss, and the parts of it without their weights, that inside the lips apart."""
     video = clips.video.astype(jnp.float32) / 127.5 - 1
     mean, logvar = vae.encode(params, video, model, chunk=config.chunk)
-    spread = jnp.exp(0.5 * logvar) * normal
+    spread = config.spread * jnp.exp(0.5 * logvar) * normal
     made = vae.decode(params, mean + spread / np.float32(model.latent_std), model, chunk=config.chunk)
 
     face, lip = (mask.astype(jnp.float32) / 255 for mask in (clips.face, clips.lip))
     weight = (1 + (config.face_weight - 1) * face) * (1 + (config.lip_weight - 1) * lip)
     error = jnp.abs(made - video).mean(axis=-1)
-    motion = jnp.abs(jnp.diff(made, axis=1) - jnp.diff(video, axis=1)).mean(axis=-1)
     kl = divergence(mean * np.float32(model.latent_std) + np.float32(model.latent_mean), logvar)
     loss = _mean(error * weight) + config.kl * kl
-    if config.motion:
+    if config.motion and video.shape[1] > 1:
+        motion = jnp.abs(jnp.diff(made, axis=1) - jnp.diff(video, axis=1)).mean(axis=-1)
         loss = loss + config.motion * _mean(motion * weight[:, 1:])
     lip_error = (error * lip).sum(axis=(1, 2, 3)) / jnp.maximum(lip.sum(axis=(1, 2, 3)), 1)
     return {"loss": loss, "error": _mean(error), "lip_error": lip_error, "kl": kl}

@@ -23,7 +23,7 @@ from kavatar_jax.parallel.sharding import batch_slots, replicated
 from kavatar_jax.training import encoders
 from kavatar_jax.training.config import SamplesConfig, TrainConfig
 from kavatar_jax.training.data import Clips, Loader
-from kavatar_jax.training.objective import Batch, join_condition, velocity_of
+from kavatar_jax.training.objective import Batch, join_condition
 from kavatar_jax.training.reconstruction import to_pixels
 from kavatar_jax.types import Params, Speech
 
@@ -70,7 +70,7 @@ def tell(params: Params, batch: Batch, blank, branch: Branch, model: Config) -> 
     condition = None
     if model.dit.in_channels > model.dit.out_channels:
         shown = jnp.split(batch.condition, 2, axis=-1)[0]
-        condition = join_condition(batch.given, shown, model.dit)
+        condition = join_condition(batch.given, shown)
     return Inputs(
         latents=batch.latents, timestep=jnp.zeros(B), text=text, condition=condition, image=image, speech=speech,
         slices=slices, heard=jnp.full(B, branch.heard), director=batch.director,
@@ -133,7 +133,7 @@ def _velocity(whole: Params, inputs: Inputs, x, sigma, model):
     B = x.shape[0]
     inputs = inputs._replace(latents=x, timestep=jnp.full(B, sigma * TRAIN_STEPS))
     variables = {"params": whole["params"]["dit"], "lora": whole["lora"].get("dit", {})}
-    return velocity_of(DiT(model.dit).apply(variables, inputs).velocity, x, sigma, model.dit)
+    return DiT(model.dit).apply(variables, inputs).velocity
 
 
 def _gather(x) -> np.ndarray:

@@ -5,23 +5,32 @@ A record of the sources "puppets" and "clips" is a dict:
     samples: (n,) float32, exactly F frames long       face, lip: (F, H, W) bool, or uint8 with 255 inside
     prompt: str                                        portrait: (H, W, 3) uint8, where there is one
     director: (L, D) float32, where there is one
+One of "prompts" has a name, a prompt and `meant`, (len(MEANINGS),) float32 of what the prompt asks for.
 One of "prepared" holds a row of every field of a Batch; see `prepared`.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from kavatar_jax.director.rules import direct
 from kavatar_jax.media.audio import load_speech
 from kavatar_jax.media.image import resize
 from kavatar_jax.media.video import read_frames
-from kavatar_jax.puppets.records import Records, RecordsConfig
+from kavatar_jax.puppets.identity import sample_identity
+from kavatar_jax.puppets.performance import ACTIONS, CAMERAS, sample_script
+from kavatar_jax.puppets.prompts import describe
+from kavatar_jax.puppets.records import SPLITS, Records, RecordsConfig
+from kavatar_jax.puppets.voice import sample_voice, utter
 from kavatar_jax.training.config import Bucket, DataConfig
 from kavatar_jax.training.prepared import Prepared
-from kavatar_jax.types import SAMPLE_RATE
+from kavatar_jax.types import SAMPLE_RATE, Request, Speech
 
+MEANINGS = ("smile", "neutral", "frown", *ACTIONS, *CAMERAS)
+PROMPTS = 0x7E  # keeps the chances of prompts apart from those of records
 MASK_FOLDERS = {"face": "face_masks", "lip": "lip_masks"}
 
 
@@ -41,6 +50,8 @@ def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
         return Prepared(config, bucket)
     if config.source == "clips":
         return ClipFolders(config, bucket, fps)
+    if config.source == "prompts":
+        return Prompts(config)
     return Puppets(config, bucket, fps)
 
 
@@ -50,6 +61,7 @@ class Puppets:
     endless = True
 
     def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        self._directed = config.directed
         number = config.buckets.index(bucket)  # buckets do not show the same performances at two sizes
         self._records = Records(
             RecordsConfig(
@@ -59,6 +71,7 @@ class Puppets:
                 width=bucket.width,
                 height=bucket.height,
                 fps=fps,
+                driven=config.driven,
             )
         )
 
@@ -67,15 +80,50 @@ class Puppets:
 
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record = self._records[index]
+        prompt = directed_prompt(record) if self._directed else record["prompt"]
         return {
             "name": f"puppet {self._records.config.seed}/{index}",
             "video": record["video"],
             "samples": record["audio"],
             "face": record["face_mask"],
             "lip": record["lip_mask"],
-            "prompt": record["prompt"],
+            "prompt": prompt,
             "portrait": record["portrait"],
         }
+
+
+class Prompts:
+    """What puppets are told to do, as the director would word it, and what of it there is to understand."""
+
+    endless = True
+
+    def __init__(self, config: DataConfig):
+        self._seed, self._first = config.seed, SPLITS[config.split]
+
+    def __len__(self) -> int:
+        return 1 << 31
+
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        rng = np.random.default_rng([self._seed, self._first, index, PROMPTS])
+        identity = sample_identity(self._first + int(rng.integers(1 << 20)))
+        script = sample_script(rng, rng.uniform(1, 4))
+        told = {"prompt": describe(identity, script, rng), "audio": _some_speech(int(rng.integers(16)))}
+        grey = np.full((8, 8, 3), 128, np.uint8)
+        prompt = directed_prompt({**told, "portrait": grey}) if rng.random() < 0.7 else told["prompt"]
+        names = {script.emotion, script.camera, *(action.name for action in script.actions)}
+        meant = np.array([name in names for name in MEANINGS], np.float32)
+        return {"name": f"prompt {self._seed}/{index}", "prompt": prompt, "meant": meant}
+
+
+def directed_prompt(record: dict[str, Any]) -> str:
+    """The prompt of the director's first shot for a puppet's own words, voice and looks: what inference would read."""
+    request = Request(portrait=record["portrait"], speech=Speech(samples=record["audio"]), instruction=record["prompt"])
+    return direct(request).shots[0].prompt
+
+
+@functools.cache
+def _some_speech(seed: int) -> np.ndarray:
+    return utter(sample_voice(seed), 1.5, seed=seed).samples
 
 
 class ClipFolders:

@@ -15,7 +15,7 @@ import optax
 
 from kavatar_jax.checkpoint.bridge import flatten, unflatten
 from kavatar_jax.checkpoint.weights import load_component, read_config
-from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.components import COMPONENTS, abstract, model_of
 from kavatar_jax.parallel.sharding import partition, replicated
 from kavatar_jax.training.config import LoRAConfig, OptimizerConfig, TrainConfig, TrainedConfig
 from kavatar_jax.training.optimizer import make_optimizer
@@ -60,7 +60,7 @@ def adopt(config: TrainConfig) -> TrainConfig:
     for name in COMPONENTS.keys() - {"dit"} - drawn_anew(config):
         folder, mine = Path(config.weights) / name, getattr(config.model, name)
         if (folder / "config.json").is_file():
-            stored = read_config(folder, COMPONENTS[name].config)
+            stored = read_config(folder, *COMPONENTS[name].kinds)
             found[name] = dataclasses.replace(stored, dtype=mine.dtype, param_dtype=mine.param_dtype)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
@@ -73,7 +73,7 @@ def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState,
     params, axes = {}, {}
     for name in components:
         part = getattr(config.model, name)
-        model = COMPONENTS[name].model
+        model = model_of(name, part)
         rows = {rf"{name}/{row}": value for row, value in model.AXES.items()}
         axes |= {f"params/{row}": value for row, value in rows.items()}
         places = partition({name: abstract(name, part)}, rows, mesh)[name]
@@ -162,11 +162,14 @@ def abstract_state(state: TrainState, shardings: TrainState) -> Any:
 
 
 def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps: int, mesh):
-    optimizer, whole = make_optimizer(config, steps), replicated(mesh)
-    empty = jax.eval_shape(optimizer.init, trained)
-    slots = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, place: place, empty, places, transform_non_params=lambda _: whole
-    )
+    optimizer, whole, flat = make_optimizer(config, steps), replicated(mesh), flatten(places)
+
+    def place(path, _):  # a slot lies where its parameter does, whatever the optimizer wraps it in
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        tails = ("/".join(names[start:]) for start in range(len(names)))
+        return next((flat[tail] for tail in tails if tail in flat), whole)
+
+    slots = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
     shardings = TrainState(whole, whole, places, slots, places if config.ema else None)
 
     def fresh(trained):
@@ -187,9 +190,7 @@ def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
         flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places))
     if anew:
         key = jax.random.fold_in(jax.random.key(config.seed), list(COMPONENTS).index(name))
-        draw = jax.jit(
-            lambda key: _pick(COMPONENTS[name].model.init(part, key), anew), out_shardings=_pick(places, anew)
-        )
+        draw = jax.jit(lambda key: _pick(model_of(name, part).init(part, key), anew), out_shardings=_pick(places, anew))
         flat |= flatten(draw(key))
     return unflatten({path: flat[path] for path in wanted})
 

@@ -74,7 +74,7 @@ def make_step(losses: Losses, draw: Callable, config: TrainConfig, shardings: Tr
         return new, Metrics(healthy, means, bands, norm, rate(state.step), votes.max())
 
     # one program per bucket, and another where audio over the whole clip is drawn too
-    kinds = 1 if config.task == "vae" or config.objective.clip_level in (0, 1) else 2
+    kinds = 1 if config.task != "dit" or config.objective.clip_level in (0, 1) else 2
     whole, batches = replicated(mesh), batch_sharding(mesh)
     return jax.jit(
         chex.assert_max_traces(step, n=kinds * len(config.data.buckets)),

@@ -13,15 +13,16 @@ import numpy as np
 
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
-from kavatar_jax.models import wav2vec2
+from kavatar_jax.models import speech
 from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, replicated
-from kavatar_jax.training import encoders, flops, objective, reconstruction, sampling
+from kavatar_jax.training import encoders, flops, objective, reading, reconstruction, sampling
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
 from kavatar_jax.training.data import Clips, Loaded, Row, clip_row, footage_row
 from kavatar_jax.training.encode import encode
 from kavatar_jax.training.prepared import check_learning
+from kavatar_jax.training.sources import MEANINGS
 from kavatar_jax.training.state import drawn_anew, join, learning
 from kavatar_jax.training.step import Losses
 from kavatar_jax.types import SAMPLE_RATE, Params
@@ -57,7 +58,7 @@ class Task(NamedTuple):
 
 
 def open_task(config: TrainConfig, mesh) -> Task:
-    return (vae_task if config.task == "vae" else dit_task)(config, mesh)
+    return {"dit": dit_task, "vae": vae_task, "text": text_task}[config.task](config, mesh)
 
 
 def dit_task(config: TrainConfig, mesh) -> Task:
@@ -123,6 +124,35 @@ def vae_task(config: TrainConfig, mesh) -> Task:
     )
 
 
+def text_task(config: TrainConfig, mesh) -> Task:
+    """The text encoder, on prompts alone."""
+    model, tokenizer = config.model, open_tokenizer(config)
+    if learning(config) != {"text"}:
+        raise ValueError(
+            f"the task 'text' trains the text encoder alone; trained.patterns is {config.trained.patterns}"
+        )
+    if model.text.width < len(MEANINGS):
+        raise ValueError(f"text.width is {model.text.width}; {len(MEANINGS)} meanings need at least as much")
+
+    def losses(trained, frozen, prompts, draws, clip_level):
+        params = join(trained, frozen["weights"])["params"]["text"]
+        return reading.losses(params, prompts, model.text)
+
+    length = model.dit.text_length
+    return Task(
+        components=["text"],
+        learning=frozenset({"text"}),
+        row=functools.partial(reading.prompt_row, tokenizer=tokenizer, length=length),
+        prepare=lambda frozen: {"weights": frozen},
+        encode=lambda frozen, prompts: prompts,
+        draw=lambda key, prompts: jax.numpy.zeros(len(prompts.ids)),  # there is nothing random
+        losses=losses,
+        perform=_nothing_to_see,
+        work=lambda bucket, share: Work(length, 0.0),
+        settle=lambda whole, batches: model,
+    )
+
+
 def measure_latents(model: Config, params: Params, batches: Iterator[Loaded]) -> Config:
     """The model with the mean and deviation of its latents over some clips, by which they are normalised from now on."""
     measure = jax.jit(
@@ -167,7 +197,8 @@ def _networks(config: TrainConfig, live: frozenset[str]) -> list[str]:
 
 def _dit_work(bucket: Bucket, share: float, model: Config) -> Work:
     grid = latent_size(bucket.frames, bucket.height, bucket.width, model.vae)
-    spoken = wav2vec2.token_count(round(bucket.frames * SAMPLE_RATE / model.fps), model.speech)
+    samples = round(bucket.frames * SAMPLE_RATE / model.fps)
+    spoken = speech.kind(model.speech).token_count(samples, model.speech)
     seen = 1 + (model.image.image_size // model.image.patch) ** 2
     once = flops.forward(model.dit, grid, image_tokens=seen, speech_tokens=spoken)
     return Work(flops.video_tokens(model.dit, grid), flops.train(once, share))

@@ -25,7 +25,6 @@ from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
 from kavatar_jax.diffusion.solver import euler
 from kavatar_jax.diffusion.windows import Windows, fuse
-from kavatar_jax.models import vae
 from kavatar_jax.types import SAMPLE_RATE
 from tools.benchmarks.paired import in_turns, ratio
 
@@ -100,7 +99,7 @@ def make_video(config: Config, count: int) -> Video:
     assert windows.count == count
     speech, slices = hear(samples, spans_of_windows(windows, length, config.fps, sampling), weights.speech, config)
     dit = config.dit
-    seen = (sampling.window_latents, config.height // vae.STRIDE, config.width // vae.STRIDE)
+    seen = (sampling.window_latents, config.height // config.vae.side, config.width // config.vae.side)
 
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape, np.float32))

@@ -1,0 +1,62 @@
+"""The demo's transformer and audio adapter, trained on puppets whose latents were computed beforehand.
+
+    python tools/prepare.py demo_dit CLIPS --count 1280 --set data.source=puppets --set weights=ENCODERS
+    kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
+
+ENCODERS holds what the runs demo_vae and demo_text have left in their weights/. What makes lips learn in minutes: clean
+prediction with a clipped weight, ten times the weight on the lips, the portrait in every frame.
+"""
+
+from configs import demo
+from kavatar_jax.training.config import (
+    EVERYTHING,
+    Bucket,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainedConfig,
+)
+
+
+def config() -> TrainConfig:
+    model = demo.config()
+    bucket = Bucket(width=model.width, height=model.height, frames=model.sampling.window_frames, batch=16)
+    return TrainConfig(
+        name="demo_dit",
+        model=model,
+        task="dit",
+        steps=5000,
+        data=DataConfig(
+            source="prepared",
+            folder="clips",
+            buckets=(bucket,),
+            directed=True,
+            driven=0.5,
+            seed=3,
+            first_last=0.25,
+            portrait=1.0,
+        ),
+        weights="encoders",
+        fresh=(r"dit/.*",),
+        trained=TrainedConfig(patterns=EVERYTHING),
+        objective=ObjectiveConfig(
+            posterior="mode",
+            shift=1.0,
+            least_sigma=0.4,
+            weighting="none",
+            lip_weight=10.0,
+            motion="none",
+            drop_audio=0.1,
+            drop_text=0.1,
+            silence="tokens",
+            clip_level=0.0,
+        ),
+        optimizer=OptimizerConfig(
+            kind="muon", learning_rate=2e-3, warmup=100, schedule="cosine", final=0.02, ema=0.998
+        ),
+        checkpoint=CheckpointConfig(every=250, keep=2),
+        log=LogConfig(every=20),
+    )

@@ -1,0 +1,407 @@
+"""Judge trained weights in the known-answer world: python tools/evaluate.py --weights DIR --out FILE.json
+
+Puppets and voices that no training has seen perform, their frames are read back, and the readings are held against the
+truth (kavatar_jax.puppets.judge says how each number is made). Sections, all unless --only names some:
+
+    sync      mouth opening against what the phones say, and with --audio against what puppets.drive makes of recordings
+    identity  CIEDE2000 of mean colours to the portrait, in the videos of sync
+    drift     the same two along one video of --long-frames
+    control   prompts for smiles, frowns, turns, a raised hand and zooms; the voice is neutral throughout
+    seams     the joints of the cascade's sub-clips, whatever --mode the other sections use
+
+Tables go to the terminal, numbers to --out after each section, contact sheets and each section's first video to --keep.
+"""
+
+import argparse
+import collections
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from kavatar_jax.cascade.command import MODES
+from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
+from kavatar_jax.cascade.weights import Weights, load_weights, read_configs
+from kavatar_jax.config import Config, load_config, set_fields
+from kavatar_jax.console import Display, keep_compiled_programs
+from kavatar_jax.director.rules import direct
+from kavatar_jax.media.audio import load_speech
+from kavatar_jax.media.video import contact_sheet, write_video
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.puppets import judge
+from kavatar_jax.puppets.articulation import mouth_shapes
+from kavatar_jax.puppets.drive import drive
+from kavatar_jax.puppets.identity import sample_identity
+from kavatar_jax.puppets.measure import Reading, read
+from kavatar_jax.puppets.performance import Action, Script
+from kavatar_jax.puppets.prompts import describe
+from kavatar_jax.puppets.records import SPLITS
+from kavatar_jax.puppets.room import record, sample_room
+from kavatar_jax.puppets.stage import render_portrait
+from kavatar_jax.puppets.voice import sample_voice, utter
+from kavatar_jax.types import SAMPLE_RATE, Report, Request, Speech, Video, silent
+
+BREATH = 10  # seconds of one utterance; longer voices say several
+BLOCK, LEAD = 200, 12  # frames read at a time, and those before them by which the reader finds head and camera again
+STILLS = 8  # of each video, on a contact sheet
+
+Section = dict[str, list[dict]]  # title of a table: its rows
+
+
+Performer = Callable[[Request], Video]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One thing to perform. puppet: number of the held-out look; asked: what the prompt asks for; truth: (F,) opening of
+    the mouth in each frame."""
+
+    name: str
+    puppet: int
+    asked: str
+    request: Request
+    truth: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What came of a scene. portrait: its own reading; steps: (F - 1,) mean absolute differences of neighbouring frames,
+    in levels; stills: the portrait and frames evenly spread."""
+
+    scene: Scene
+    reading: Reading
+    portrait: Reading
+    steps: np.ndarray
+    cuts: tuple[int, ...]
+    stills: list[np.ndarray]
+
+    @property
+    def mouth(self) -> judge.Pair:
+        return self.reading.mouth_open, self.scene.truth
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--config", default="demo")
+    parser.add_argument("--audio", type=Path, help="a folder of real recordings")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas between")
+    parser.add_argument("--mode", choices=MODES, default="single")
+    parser.add_argument("--clips", type=int, default=8, help="puppets in each section, and recordings")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each clip")
+    parser.add_argument("--long-frames", type=int, default=3700, help="of the video on which drift is measured")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: sampling.shift=5")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where to keep contact sheets and videos")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    arguments = parser.parse_args(words)
+    try:
+        config = read_arguments(arguments)
+        keep_compiled_programs()
+        with jax.set_mesh(make_mesh()), Display(Console(stderr=True)) as display:
+            weights = load_weights(arguments.weights, config)
+            evaluate(arguments, config, performers(weights, config, display), report=display)
+    except ValueError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_arguments(arguments) -> Config:
+    """The run's config, once everything that can be checked without work has been."""
+    for name, least in (("clips", 2), ("long_frames", 200)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}")
+    if not 1 <= arguments.seconds <= 600:
+        raise ValueError(f"--seconds is {arguments.seconds:g}; it must be between 1 and 600")
+    for name in arguments.only.split(","):
+        if name not in SECTIONS:
+            raise ValueError(
+                f"--only {arguments.only}: there is no section {name!r}; choose from {', '.join(SECTIONS)}"
+            )
+    if not arguments.out.parent.is_dir() or arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out}: is a folder, or in one that does not exist; name a file")
+    if arguments.audio is not None:
+        _recordings(arguments.audio, arguments.clips)
+    steps = [] if arguments.steps is None else [f"sampling.steps={arguments.steps}"]
+    config = load_config(arguments.config)
+    if not isinstance(config, Config):
+        raise ValueError(f"--config {arguments.config} describes a training run; give that of its model, such as demo")
+    return read_configs(arguments.weights, set_fields(config, [*steps, *arguments.fields]))
+
+
+def performers(weights: Weights, config: Config, report: Report) -> dict[str, Performer]:
+    """By mode. The cascade goes without a finder of faces, as puppets are drawn."""
+    makers = {"single": generate_in_one_pass, "cascade": generate}
+    return {mode: partial(make, director=direct, weights=weights, config=config, report=report)
+            for mode, make in makers.items()}  # fmt: skip
+
+
+def evaluate(arguments, config: Config, performers: dict[str, Performer], *, report: Report = silent) -> dict:
+    """Every section asked for; returns what --out holds."""
+    found: dict = {"order": {key: str(value) for key, value in vars(arguments).items()}, "config": asdict(config)}
+    if arguments.keep is not None:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+    studio = _Studio(arguments, config, performers, report)
+    for name in (name for name in SECTIONS if name in arguments.only.split(",")):
+        started = time.perf_counter()
+        tables = SECTIONS[name](studio)
+        for title, rows in tables.items():
+            if title != "clips":
+                Console(width=150).print(_table(f"{name}: {title}", rows))
+        found[name] = {**tables, "seconds": round(time.perf_counter() - started, 1)}
+        arguments.out.write_text(json.dumps(_plain(found), indent=1) + "\n")
+    return found
+
+
+class _Studio:
+    """Where scenes are made, performed and read. What two sections need is performed once."""
+
+    def __init__(self, arguments, config: Config, performers: dict[str, Performer], report: Report):
+        self.arguments, self.config, self._performers, self._report = arguments, config, performers, report
+        self._talks: dict[str, list[Seen]] = {}
+
+    def talks(self) -> dict[str, list[Seen]]:
+        """Held-out puppets that just talk, by where their voices come from."""
+        if not self._talks:
+            count, seconds, audio = self.arguments.clips, self.arguments.seconds, self.arguments.audio
+            scenes = {"synthetic": [synthetic(number, seconds, self.config) for number in range(count)]}
+            if audio is not None:
+                paths = enumerate(_recordings(audio, count))
+                scenes["real"] = [real(count + i, path, seconds, self.config) for i, path in paths]
+            self._talks = {source: self.watch(f"sync {source}", found) for source, found in scenes.items()}
+        return self._talks
+
+    def watch(self, title: str, scenes: list[Scene], *, mode: str | None = None) -> list[Seen]:
+        """Perform and read; keep a sheet of all and a video of the first."""
+        perform, keep = self._performers[mode or self.arguments.mode], self.arguments.keep
+        file = title.replace(" ", "_")
+        seen = []
+        for number, scene in enumerate(scenes):
+            film = keep / f"{file}.mp4" if keep is not None and not seen else None
+            seen.append(watch(scene, perform, fps=self.config.fps, film=film))
+            self._report(title, number + 1, len(scenes))
+        if keep is not None:
+            tiles = [still for one in seen for still in one.stills]
+            Image.fromarray(contact_sheet(tiles, columns=STILLS + 1)).save(keep / f"{file}.png")
+        return seen
+
+
+def judge_sync(studio: _Studio) -> Section:
+    tables: Section = {"correlation": [], "silence": [], "clips": []}
+    for source, seen in studio.talks().items():
+        pairs = [one.mouth for one in seen]
+        for truth, against in (("own", pairs), ("another's", judge.swap_truths(pairs))):
+            tables["correlation"].append({"voices": source, "truth": truth, **asdict(judge.judge_sync(against))})
+        share, frames = judge.judge_silence(pairs)
+        tables["silence"].append({"voices": source, "frames": frames, "shut": share})
+        tables["clips"] += [{"name": one.scene.name, **asdict(judge.judge_sync([one.mouth]))} for one in seen]
+    return tables
+
+
+def judge_identity(studio: _Studio) -> Section:
+    tables: Section = {"CIEDE2000 to the portrait": [], "clips": []}
+    for source, seen in studio.talks().items():
+        found = [judge.judge_colours(one.reading, one.portrait) for one in seen]
+        for what, merge in (("mean", np.mean), ("worst", np.max)):
+            row = {part: float(merge([colours[part] for colours in found])) for part in judge.PARTS}
+            tables["CIEDE2000 to the portrait"].append({"voices": source, "of clips": what, **row})
+        tables["clips"] += [{"name": one.scene.name, **row} for one, row in zip(seen, found, strict=True)]
+    return tables
+
+
+def judge_drift(studio: _Studio) -> Section:
+    config, frames = studio.config, studio.arguments.long_frames
+    scene = synthetic(0, frames / config.fps, config)
+    (seen,) = studio.watch("drift", [scene])
+    colours = judge.follow_colours(seen.reading, seen.portrait)
+    sync = judge.follow_sync(*seen.mouth)
+    rows = [{"what": f"{part}, CIEDE2000", **asdict(judge.judge_drift(colours[part]))} for part in judge.PARTS]
+    rows.append({"what": "sync, correlation", **asdict(judge.judge_drift(sync, every=100))})
+    return {f"{len(seen.reading.smile)} frames, slopes per 100": rows}
+
+
+def judge_control(studio: _Studio) -> Section:
+    scripts = {judge.NEUTRAL: Script(), "smile": Script(emotion="smile"), "frown": Script(emotion="frown")}
+    seconds = studio.arguments.seconds
+    for name in ("turn left", "turn right", "raise hand"):
+        scripts[name] = Script(actions=(Action(name, 0.0, seconds),))
+    for name in ("zoom in", "zoom out"):
+        scripts[name] = Script(camera=name)
+    scenes = [
+        synthetic(number, seconds, studio.config, asked=asked, script=script)
+        for number in range(studio.arguments.clips)
+        for asked, script in scripts.items()
+    ]
+    seen = studio.watch("control", scenes)
+    trials = [judge.Trial(one.scene.puppet, one.scene.asked, one.reading) for one in seen]
+    found = judge.judge_control(trials)
+    neutral = {trial.puppet: trial.reading for trial in trials if trial.asked == judge.NEUTRAL}
+    clips = [
+        {
+            "name": one.scene.name,
+            "asked": one.scene.asked,
+            "prompt": one.scene.request.instruction,
+            "responses": {kind: judge.response(kind, one.reading, neutral[one.scene.puppet]) for kind in judge.BARS},
+        }
+        for one in seen
+    ]
+    title = "chance: judged on the family's videos that were asked for something else or, but for emotions, for nothing"
+    return {title: [{"asked": asked, **asdict(control)} for asked, control in found.items()], "clips": clips}
+
+
+def judge_seams(studio: _Studio) -> Section:
+    first = 2 * studio.arguments.clips
+    numbers = range(first, first + studio.arguments.clips)
+    scenes = [synthetic(number, studio.arguments.seconds, studio.config) for number in numbers]
+    seen = studio.watch("seams", scenes, mode="cascade")
+    found = judge.judge_seams([(one.steps, one.cuts) for one in seen])
+    clips = [{"name": one.scene.name, "cuts": one.cuts, "steps": one.steps.round(3).tolist()} for one in seen]
+    return {"step across a joint, usual: 95th percentile of the others": [asdict(found)], "clips": clips}
+
+
+SECTIONS: dict[str, Callable[[_Studio], Section]] = {
+    "sync": judge_sync,
+    "identity": judge_identity,
+    "drift": judge_drift,
+    "control": judge_control,
+    "seams": judge_seams,
+}
+
+
+def synthetic(
+    number: int, seconds: float, config: Config, *, asked: str = judge.NEUTRAL, script: Script | None = None
+) -> Scene:
+    """Held-out puppet `number`, with its held-out voice in a room of its own; what is asked changes the words alone."""
+    seed = SPLITS["held out"] + number
+    person = sample_identity(seed).person
+    samples, truth = say(seed, person, round(seconds * config.fps), config.fps)
+    sound = record(samples, sample_room(seed), seed=seed)
+    return _scene(f"puppet {number}", number, sound, truth, config, asked=asked, script=script or Script())
+
+
+def real(number: int, path: Path, seconds: float, config: Config) -> Scene:
+    """Held-out puppet `number` with the beginning of a recording."""
+    samples = load_speech(path).samples[: round((seconds + 3) * SAMPLE_RATE)]  # drive looks 3 seconds ahead
+    truth = drive(samples, config.fps)[: round(seconds * config.fps), 0]
+    sound = samples[: round(seconds * SAMPLE_RATE)]
+    return _scene(path.name, number, sound, truth, config, asked=judge.NEUTRAL, script=Script())
+
+
+def say(seed: int, person: str, frames: int, fps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clean speech of a held-out voice, and the opening of its mouth in each frame: (n,) samples and (frames,)."""
+    voice, samples, truth = sample_voice(seed, person), [], []
+    for number, start in enumerate(range(0, frames, BREATH * fps)):
+        count = min(BREATH * fps, frames - start)
+        utterance = utter(voice, count / fps, seed=seed + (number << 20))  # seeds that no other voice has
+        samples.append(utterance.samples)
+        truth.append(mouth_shapes(utterance.phones, fps, count)[:, 0])
+    return np.concatenate(samples), np.concatenate(truth)
+
+
+def watch(scene: Scene, perform: Performer, *, fps: int, film: Path | None = None) -> Seen:
+    """Perform a scene and read its frames as they come. film: where to keep the video."""
+    take = perform(scene.request)
+    watcher = _Watcher(scene)
+    frames = watcher.follow(take.images)
+    if film is None:
+        collections.deque(frames, maxlen=0)
+    else:
+        write_video(film, frames, fps=fps, speech=scene.request.speech)
+    portrait = scene.request.portrait
+    return Seen(
+        scene=scene,
+        reading=watcher.reading(),
+        portrait=read(portrait[None], portrait),
+        steps=np.array(watcher.steps),
+        cuts=take.cuts,
+        stills=[portrait, *watcher.stills],
+    )
+
+
+class _Watcher:
+    """Reads frames in passing, a block at a time, so that no more are held."""
+
+    def __init__(self, scene: Scene):
+        self._portrait, self._readings = scene.request.portrait, []
+        self._wanted = np.linspace(0, len(scene.truth), STILLS, endpoint=False).astype(int).tolist()
+        self._pending: list[np.ndarray] = []
+        self._lead = 0  # frames at the head of the pending ones that have been read before
+        self.steps: list[float] = []
+        self.stills: list[np.ndarray] = []
+
+    def follow(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for number, frame in enumerate(frames):
+            if number:
+                self.steps.append(float(np.abs(frame.astype(np.int16) - self._pending[-1]).mean()))
+            self.stills += [frame] * self._wanted.count(number)
+            self._pending.append(frame)
+            if len(self._pending) == self._lead + BLOCK:
+                self._read()
+            yield frame
+
+    def reading(self) -> Reading:
+        if len(self._pending) > self._lead:
+            self._read()
+        names = [field.name for field in fields(Reading)]
+        return Reading(**{name: np.concatenate([getattr(one, name) for one in self._readings]) for name in names})
+
+    def _read(self) -> None:
+        found = read(np.stack(self._pending), self._portrait)
+        self._readings.append(Reading(**{name: values[self._lead :] for name, values in vars(found).items()}))
+        self._pending = self._pending[-LEAD:]
+        self._lead = len(self._pending)
+
+
+def _scene(
+    name: str, number: int, sound: np.ndarray, truth: np.ndarray, config: Config, *, asked: str, script: Script
+) -> Scene:
+    seed = SPLITS["held out"] + number
+    identity = sample_identity(seed)
+    request = Request(
+        portrait=render_portrait(identity, height=config.height, width=config.width),
+        speech=Speech(samples=sound),
+        instruction=describe(identity, script, np.random.default_rng(seed)),
+        seed=number,
+    )
+    return Scene(name=name, puppet=number, asked=asked, request=request, truth=truth)
+
+
+def _recordings(folder: Path, count: int) -> list[Path]:
+    """The first of a folder's files; one that is no recording is an error when it is loaded."""
+    if not folder.is_dir():
+        raise ValueError(f"--audio {folder}: there is no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(paths) < 2:
+        raise ValueError(f"--audio {folder}: give two recordings or more, as each is also held against another's truth")
+    return paths[:count]
+
+
+def _table(title: str, rows: list[dict]) -> Table:
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+def _plain(value):
+    """What JSON can hold: nan becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
