@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rich.console import Console
 from rich.table import Table
 
-LIMITS = {"block": 1.1, "step": 1.0, "vae": 1.1}  # ratios, ours to theirs, that we are content with
+LIMITS = {"block": 1.1, "step": 1.0, "vae": 1.6}  # ratios, ours to theirs, that we are content with
 
 
 class Result(NamedTuple):
@@ -105,7 +105,7 @@ def _block(rounds: int) -> Iterator[Result]:
 
     for row in transformer_block(rounds=rounds):
         case = f"{row['tokens']} tokens {row['dtype']}"
-        note = f"difference {row['difference']:.1e} sd"
+        note = f"difference {row['difference']:.1e} sd; its largest product alone {row['product']:.2f}"
         yield Result("block", case, row["ours"], row["theirs"], row["ratio"], row["spread"], row["agree"], note)
 
 

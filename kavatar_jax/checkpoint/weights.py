@@ -100,21 +100,19 @@ def read_config(folder: Path, *kinds: type) -> Any:
 
     ValueError unless it has every field, no other, and of its type.
     """
-    path, kind = folder / "config.json", kinds[0]
+    path, named = folder / "config.json", {kind.__name__: kind for kind in kinds}
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(described, dict) and "kind" in described:
-            named = described.pop("kind")
-            kind = next((kind for kind in kinds if kind.__name__ == named), None)
-            if kind is None:
-                kind = kinds[0]
-                raise ValueError(f"it is a {named}")
-        return _revive(described, kind, "it")
+        kind = described.pop("kind", None) if isinstance(described, dict) else None
+        if kind is not None and kind not in named:
+            raise ValueError(f"it is a {kind}")
+        return _revive(described, named.get(kind, kinds[0]), "it")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except ValueError as error:  # also what is no JSON and no text
         raise ValueError(
-            f"{path} does not describe a {kind.__name__}: {error}. Another version wrote it; convert {folder.name} again"
+            f"{path} does not describe a {' or '.join(named)}: {error}. Another version wrote it; convert "
+            f"{folder.name} again"
         ) from None
 
 

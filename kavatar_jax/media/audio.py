@@ -128,7 +128,7 @@ def _energy_above_hum(speech: Speech) -> np.ndarray:
 
 @functools.cache
 def _high_pass() -> np.ndarray:
-    return signal.butter(2, 100, "highpass", fs=SAMPLE_RATE, output="sos")
+    return np.asarray(signal.butter(2, 100, "highpass", fs=SAMPLE_RATE, output="sos"))
 
 
 def _level_and_floor(energy: np.ndarray) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ import numpy as np
 from kavatar_jax.checkpoint.bridge import reference_shapes, to_kavatar, unflatten
 from kavatar_jax.config import DiTConfig
 from kavatar_jax.models import dit
+from kavatar_jax.nn.layers import matmul
 from tools.benchmarks.paired import paired
 from tools.reference.synthetic_weights import synthesize
 
@@ -20,7 +21,10 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
 
 
 def transformer_block(*, rounds: int, grids=GRIDS, dtypes=DTYPES) -> Iterator[dict]:
-    """One row for each number of tokens and dtype. Needs torch and diffusers."""
+    """One row for each number of tokens and dtype. Needs torch and diffusers.
+
+    product: the same ratio for the block's largest product alone, which is the two libraries' own affair
+    """
     import torch
 
     for dtype in dtypes:
@@ -42,10 +46,22 @@ def transformer_block(*, rounds: int, grids=GRIDS, dtypes=DTYPES) -> Iterator[di
                 "tokens": tokens,
                 "dtype": dtype,
                 "threads": torch.get_num_threads(),
+                "product": _product(tokens, config, rounds=rounds).ratio,
                 **timed._asdict(),
                 "difference": difference,
                 "agree": difference <= AGREEMENT[dtype],
             }
+
+
+def _product(tokens: int, config: DiTConfig, *, rounds: int):
+    """The feed-forward layer's first product, by XLA and by torch."""
+    import torch
+
+    x, w = (jnp.ones(shape, config.dtype) for shape in ((tokens, config.width), (config.width, config.mlp)))
+    multiply = jax.jit(partial(matmul, dtype=config.dtype))
+    theirs_x, theirs_w = (torch.ones(shape, dtype=getattr(torch, config.dtype)) for shape in (x.shape, w.shape))
+    with torch.inference_mode():
+        return paired(lambda: jax.block_until_ready(multiply(x, w)), lambda: theirs_x @ theirs_w, rounds=rounds)
 
 
 def _config(dtype: str) -> DiTConfig:

@@ -34,13 +34,13 @@ AGREEMENT = 1e-3  # of their standard deviation; guidance multiplies rounding di
 
 def _wide() -> Config:
     """1.3B's width and wav2vec2-base, cut to two layers and 64 x 64 pixels."""
-    small, full = demo.config(), stableavatar.config()
+    small, full = demo.tiny(), stableavatar.config()
     dit = replace(full.dit, layers=2, dtype="float32", param_dtype="float32")
     sampling = replace(full.sampling, windows_per_batch=2)
-    return replace(small, name="1.3B wide", width=64, height=64, dit=dit, speech=full.speech, sampling=sampling)
+    return replace(full, name="1.3B wide", width=64, height=64, dit=dit, text=small.text, sampling=sampling)
 
 
-SIZES = {"demo": demo.config(), "1.3B wide": _wide()}
+SIZES = {"tiny": demo.tiny(), "1.3B wide": _wide()}
 
 
 class Video(NamedTuple):
