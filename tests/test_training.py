@@ -559,7 +559,7 @@ def test_flops_of_published_sizes():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with weights, a byte tokenizer and 40 prepared clips, and the config of a run of 6 steps from them."""
+    """A folder with weights, a byte tokenizer and 40 prepared clips, and the config of a run of ten steps from them."""
     folder = tmp_path_factory.mktemp("world")
     tiny = train_tiny.config()
     rng = np.random.default_rng(0)
@@ -578,11 +578,11 @@ def world(tmp_path_factory):
     write_prepared(folder / "clips", tiny.data.buckets[0], count=40)
     return replace(
         tiny,
-        steps=6,
+        steps=10,
         weights=str(folder / "weights"),
         trained=kinds.TrainedConfig(patterns=kinds.EVERYTHING),
         data=replace(tiny.data, source="prepared", folder=str(folder / "clips")),
-        checkpoint=kinds.CheckpointConfig(every=3, keep=3),
+        checkpoint=kinds.CheckpointConfig(every=5, keep=3),
         mesh=MeshConfig(**SIZES),
     )
 
@@ -623,19 +623,19 @@ def saved(out: Path, step: int):
 @pytest.fixture(scope="module")
 def straight(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
-    assert loop.train(world, out, resume=False) == 6
+    assert loop.train(world, out, resume=False) == 10
     return out
 
 
 @pytest.fixture(scope="module")
 def interrupted(world, tmp_path_factory):
-    """The same run, asked to stop while its second batch is on its way."""
+    """The same run, asked to stop while its fourth batch is on its way."""
     out = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         following = data.Loader.__next__
 
         def next_one(loader):
-            if loader.position == 2:
+            if loader.position == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return following(loader)
 
@@ -646,7 +646,7 @@ def interrupted(world, tmp_path_factory):
 
 def test_a_run_logs_and_leaves_weights(world, straight):
     found = lines(straight)
-    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert list(found) == list(range(1, 11))
     keys = {
         "loss",
         "error",
@@ -657,11 +657,11 @@ def test_a_run_logs_and_leaves_weights(world, straight):
         "tokens_per_second",
         "memory_gib",
     }
-    assert keys <= set(found[6]) and any(key.startswith("loss_0.") for key in found[6])
-    assert found[1]["learning_rate"] == 0 and found[6]["learning_rate"] == pytest.approx(1e-3)
+    assert keys <= set(found[10]) and any(key.startswith("loss_0.") for key in found[10])
+    assert found[1]["learning_rate"] == 0 and found[10]["learning_rate"] == pytest.approx(1e-3)
     assert all(math.isfinite(value) for line in found.values() for value in line.values())
-    assert found[6]["loss"] < found[1]["loss"]
-    state_at_end = saved(straight, 6)
+    assert found[10]["loss"] < found[1]["loss"]
+    state_at_end = saved(straight, 10)
     part = world.model.dit
     stored = files.read_config(straight / "weights" / "dit", type(part))
     assert stored == part and sorted(p.name for p in (straight / "weights").iterdir()) == ["dit"]
@@ -680,16 +680,16 @@ def test_a_run_logs_and_leaves_weights(world, straight):
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(world, straight, interrupted, tmp_path):
     out, stopped = interrupted
-    assert 3 <= stopped < 6 and not (out / "weights").exists()
+    assert stopped == 5 and not (out / "weights").exists()
     out = Path(shutil.copytree(out, tmp_path / "copy"))
-    assert loop.train(world, out, resume=True) == 6
+    assert loop.train(world, out, resume=True) == 10
     one, two = lines(straight), lines(out)
     timed = {"seconds", "tokens_per_second", "memory_gib"}
-    for step in range(1, 7):
+    for step in range(1, 11):
         assert {k: v for k, v in one[step].items() if k not in timed} == {
             k: v for k, v in two[step].items() if k not in timed
         }
-    ours, theirs = saved(out, 6), saved(straight, 6)
+    ours, theirs = saved(out, 10), saved(straight, 10)
     assert ours.keys() == theirs.keys()
     for path, leaf in ours.items():
         np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
@@ -712,9 +712,9 @@ def test_another_mesh_goes_on_with_the_same_numbers(world, straight, interrupted
 
     monkeypatch.setattr(loop, "make_step", make_step)
     config = replace(world, mesh=MeshConfig(**OTHER_SIZES), optimizer=replace(world.optimizer, accumulate=1))
-    assert loop.train(config, out, resume=True) == 6
+    assert loop.train(config, out, resume=True) == 10
     one, two = lines(straight), lines(out)
-    for step in range(interrupted[1] + 1, 7):
+    for step in range(interrupted[1] + 1, 11):
         for name in ("loss", "lip_error", "gradient_norm"):
             assert two[step][name] == pytest.approx(one[step][name], rel=2e-5), (step, name)
     assert places["params/dit/blocks/up/kernel"] == spec("layers", "embed", "mlp")
@@ -792,17 +792,19 @@ def run_two_processes(config, out: Path, *, stop: str = "") -> list[int]:
 def test_two_processes_train_what_one_does(world, straight, tmp_path):
     """Two processes of four devices, stopped by a signal to one of them and gone on with, against one of eight."""
     stopped = run_two_processes(world, tmp_path, stop="2")
-    assert stopped[0] == stopped[1] and 3 <= stopped[0] < 6
-    assert run_two_processes(world, tmp_path) == [6, 6]
+    assert stopped[0] == stopped[1] and 3 <= stopped[0] < 10
+    assert run_two_processes(world, tmp_path) == [10, 10]
     one, two = lines(straight), lines(tmp_path)
-    for step in range(1, 7):
+    for step in range(1, 11):
         for name in ("loss", "lip_error", "gradient_norm"):
             assert two[step][name] == pytest.approx(one[step][name], rel=2e-5), (step, name)
-    ours, theirs = saved(tmp_path, 6), saved(straight, 6)
+    ours, theirs = saved(tmp_path, 10), saved(straight, 10)
     for path, leaf in ours.items():
-        # a bias of keys moves nothing: its gradient is rounding, which Adam turns into whole steps
+        # Adam turns a gradient that is rounding alone into whole steps, as that of a bias of keys, which moves nothing,
+        # and of single elements elsewhere; so tensors are compared as a whole, by the length of one step
         if "trained" in path and not re.search(r"\['k(_audio|_image)?'\]\['bias'\]", path):
-            np.testing.assert_allclose(leaf, theirs[path], rtol=1e-3, atol=1e-4, err_msg=path)
+            apart = np.sqrt(np.mean(np.square(leaf - theirs[path])))
+            assert apart < 0.01 * world.optimizer.learning_rate, (path, apart)
     assert (tmp_path / "weights" / "dit" / "model.safetensors").is_file()
 
 
