@@ -1,9 +1,10 @@
 """The demo's transformer and audio adapter, trained on puppets whose latents were computed beforehand.
 
+    python tools/bundle.py ENCODERS VAE_RUN/weights TEXT_RUN/weights
     python tools/prepare.py demo_dit CLIPS --count 1280 --set data.source=puppets --set weights=ENCODERS
     kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
 
-ENCODERS holds what the runs demo_vae and demo_text have left in their weights/. What makes lips learn in minutes: clean
+VAE_RUN and TEXT_RUN are those of demo_vae and demo_text. What makes lips learn in minutes: clean
 prediction with a clipped weight, ten times the weight on the lips, the portrait in every frame.
 """
 

@@ -24,7 +24,7 @@ def config() -> TrainConfig:
         name="demo_vae",
         model=demo.config(),
         task="vae",
-        steps=4000,
+        steps=3400,
         data=DataConfig(source="puppets", buckets=(pictures, short, long), seed=1),
         trained=TrainedConfig(patterns=(r"vae/.*",)),
         optimizer=OptimizerConfig(
