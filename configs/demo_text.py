@@ -18,7 +18,7 @@ def config() -> TrainConfig:
         name="demo_text",
         model=demo.config(),
         task="text",
-        steps=2000,
+        steps=800,
         data=DataConfig(source="prompts", buckets=(prompts,), seed=2),
         trained=TrainedConfig(patterns=(r"text/.*",)),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup=50, schedule="cosine", final=0.02, ema=0.99),
