@@ -3,9 +3,11 @@
     python tools/bundle.py ENCODERS VAE_RUN/weights TEXT_RUN/weights
     python tools/prepare.py demo_dit CLIPS --count 1280 --set data.source=puppets --set weights=ENCODERS
     kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
+    python tools/bundle.py WEIGHTS ENCODERS RUN/weights --half --fill demo
 
-VAE_RUN and TEXT_RUN are those of demo_vae and demo_text. What makes lips learn in minutes: clean
-prediction with a clipped weight, ten times the weight on the lips, the portrait in every frame.
+VAE_RUN and TEXT_RUN are those of demo_vae and demo_text; `kavatar generate --config demo --weights WEIGHTS` uses the last.
+What makes lips learn in minutes: clean prediction with a clipped weight, ten times the weight on the lips, the portrait in
+every frame.
 """
 
 from configs import demo

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs import demo
+from kavatar_jax.cascade.weights import check_complete
 from kavatar_jax.checkpoint.bridge import flatten
 from kavatar_jax.checkpoint.weights import load_component, read_config, save_component
 from kavatar_jax.models.components import COMPONENTS, abstract
@@ -39,6 +40,16 @@ def test_networks_of_two_runs(runs, half):
         np.testing.assert_allclose(loaded[path], values, rtol=2**-8 if half else 0)
     size, full = ((folder / where / "text" / "model.safetensors").stat().st_size for where in ("out", "one"))
     assert size == full if not half else 0.49 < size / full < 0.52
+
+
+def test_what_is_missing_is_drawn(runs):
+    folder, _ = runs
+    assert bundle.main([str(folder / "out"), str(folder / "one"), "--half", "--fill", "demo:tiny"]) == 0
+    check_complete(folder / "out")
+    assert (
+        read_config(folder / "out" / "text", *COMPONENTS["text"].kinds) == demo.config().text
+    )  # not drawn: it was there
+    assert read_config(folder / "out" / "vae", *COMPONENTS["vae"].kinds) == demo.tiny().vae
 
 
 def test_what_cannot_be_gathered(runs, capsys):

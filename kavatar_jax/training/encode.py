@@ -28,7 +28,7 @@ def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: fro
     if image is not None and "image" not in live:
         image = encoders.see(params["image"], image, model.image)
     if speech is not None and "speech" not in live:
-        speech = encoders.listen(params["speech"], speech, model.speech)
+        speech = encoders.listen(params.get("speech", {}), speech, model.speech)
     return Batch(
         latents=latents,
         condition=condition,

@@ -194,7 +194,7 @@ def _inputs(params, lora, batch: Batch, blank, draws: Draws, noisy, model: Confi
         image = jnp.where(_along(draws.seen, image), image, 0)
     if speech is not None:
         if speech.ndim == 2:
-            speech = encoders.listen(params["speech"], speech, model.speech, lora=lora.get("speech"))
+            speech = encoders.listen(params.get("speech", {}), speech, model.speech, lora=lora.get("speech"))
         slices = jnp.asarray(slice_table(speech.shape[1], 4 * (noisy.shape[1] - 1) + 1))
         slices = jnp.broadcast_to(slices, (speech.shape[0], *slices.shape))
         if config.silence == "features":

@@ -64,7 +64,7 @@ def tell(params: Params, batch: Batch, blank, branch: Branch, model: Config) -> 
     if image is not None and image.ndim == 4:
         image = encoders.see(params["image"], image, model.image)
     if speech is not None:
-        speech = encoders.listen(params["speech"], speech, model.speech) if speech.ndim == 2 else speech
+        speech = encoders.listen(params.get("speech", {}), speech, model.speech) if speech.ndim == 2 else speech
         table = slice_table(speech.shape[1], 4 * (T - 1) + 1)
         slices = jnp.broadcast_to(jnp.asarray(table), (B, *table.shape))
     condition = None
