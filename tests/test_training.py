@@ -856,7 +856,8 @@ def test_buckets_of_two_lengths_and_audio_over_the_clip(world, tmp_path):
     write_prepared(folder, short, count=16)
     (folder / "about.json").write_text(about)
     objective = replace(world.objective, clip_level=0.5)
-    config = replace(world, data=replace(world.data, folder=str(folder), buckets=(long, short)), objective=objective)
+    clips = replace(world.data, folder=str(folder), buckets=(long, short))
+    config = replace(world, steps=6, data=clips, objective=objective)
     loader = data.Loader(config.data, lambda *_: None, 25, make_mesh(**SIZES))
     assert [batch.bucket.frames for batch in take(loader, 6)].count(5) == 2
     drawn = {(batch.bucket.frames, loop.draw_clip_level(config, n + 1)) for n, batch in enumerate(
