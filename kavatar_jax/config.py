@@ -274,7 +274,7 @@ def config_files() -> list[Path]:
 
 
 def set_fields(config: Any, assignments: list[str]) -> Any:
-    """A config with fields replaced: "sampling.steps=30". Values are Python literals; a bare word is a string."""
+    """A config with fields replaced: "sampling.steps=30". Values are Python literals, true and false; else a string."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -282,7 +282,7 @@ def set_fields(config: Any, assignments: list[str]) -> Any:
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = text
+            value = {"true": True, "false": False}.get(text, text)
         config = _replace(config, path.strip().split("."), value, assignment)
     return config
 
@@ -299,6 +299,8 @@ def _replace(config: Any, path: list[str], value: Any, assignment: str) -> Any:
         value = _replace(old, path[1:], value, assignment)
     elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    elif isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
     elif dataclasses.is_dataclass(old) or (old is not None and not isinstance(value, type(old))):
         raise ValueError(f"--set {assignment}: {path[0]} is a {type(old).__name__}, and {value!r} is not")
     return dataclasses.replace(config, **{path[0]: value})  # type: ignore[type-var]

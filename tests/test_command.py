@@ -139,6 +139,8 @@ def test_set_fields():
     config = set_fields(load_config("demo"), ["sampling.text_scale=4", "negative_prompt=ugly", "dit.dtype=bfloat16"])
     assert config.sampling.text_scale == 4.0 and isinstance(config.sampling.text_scale, float)
     assert (config.negative_prompt, config.dit.dtype) == ("ugly", "bfloat16")
+    config = set_fields(config, ["vae.temporal=[True, False]", "sampling.double_shift=true"])
+    assert config.vae.temporal == (True, False) and config.sampling.double_shift is True
     for wrong in ("fps", "fps=high", "sampling=3", "dit.depth.x=1"):
         with pytest.raises(ValueError, match="--set"):
             set_fields(config, [wrong])

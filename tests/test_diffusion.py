@@ -6,7 +6,14 @@ import pytest
 from conftest import GOLDEN
 
 from kavatar_jax.diffusion import guidance, solver
-from kavatar_jax.diffusion.flow import add_noise, predicted_clean, sampling_sigmas, target_velocity, time_shift
+from kavatar_jax.diffusion.flow import (
+    add_noise,
+    predicted_clean,
+    sampling_sigmas,
+    target_velocity,
+    time_shift,
+    velocity_towards,
+)
 from kavatar_jax.diffusion.solver import euler
 from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp, slot_bucket
 from tools.reference import sampler, solvers, tables
@@ -37,6 +44,7 @@ def test_euler_is_exact_on_straight_paths():
     state = add_noise(x, noise, 0.8)
     np.testing.assert_allclose(euler(state, target_velocity(x, noise), 0.8, 0.0), x, atol=1e-6)
     np.testing.assert_allclose(predicted_clean(state, target_velocity(x, noise), 0.8), x, atol=1e-6)
+    np.testing.assert_allclose(velocity_towards(state, x, 0.8), target_velocity(x, noise), atol=1e-5)
 
 
 def gaussian_velocity(x, sigma, mean=1.5, deviation=0.3):

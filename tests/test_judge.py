@@ -17,7 +17,7 @@ from kavatar_jax.puppets.records import SPLITS, Records, RecordsConfig
 from kavatar_jax.puppets.stage import render
 from kavatar_jax.puppets.state import column
 from kavatar_jax.types import Video
-from tools import evaluate
+from tools import evaluate, scenes
 
 
 def reading(frames=9, **values):
@@ -216,7 +216,7 @@ def renders(request):
     seed = SPLITS["held out"] + request.seed
     who = sample_identity(seed)
     frames = len(request.speech.samples) // 640
-    _, opening = evaluate.say(seed, who.person, frames, 25)
+    _, opening = scenes.say(seed, who.person, frames, 25)
     mouth = np.stack([opening, 0 * opening, 0 * opening], 1)
     video = render(who, perform(mouth, Script(), fps=25, seed=request.seed)).video
     return Video(images=iter(video), frames=frames, fps=25, speech=request.speech)
@@ -230,7 +230,7 @@ def flashes(request):
 
 
 def test_the_tool_judges_whoever_performs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK", 12)  # more than one to a clip
+    monkeypatch.setattr(scenes, "BLOCK", 12)  # more than one to a clip
     order = argparse.Namespace(
         weights=tmp_path, config="demo", audio=None, only="sync,seams,identity", mode="single", clips=2, seconds=0.8,
         long_frames=200, steps=None, fields=[], keep=tmp_path / "kept", out=tmp_path / "judged.json",

@@ -8,7 +8,7 @@ import pytest
 from configs import demo
 from kavatar_jax.config import LogMelConfig
 from kavatar_jax.models import log_mel
-from kavatar_jax.models.speech import KINDS
+from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.types import SAMPLE_RATE
 
 CONFIG = LogMelConfig(bands=40, context=1, periods=(8, 32))
@@ -59,6 +59,7 @@ def test_silence_stays_silent():
 
 
 def test_every_kind_has_the_interface():
-    for model in KINDS.values():
+    kinds = COMPONENTS["speech"].kinds
+    for model in kinds.values():
         assert all(callable(getattr(model, name)) for name in ("listen", "normalise", "token_count", "init"))
-    assert type(demo.config().speech) in KINDS and type(demo.tiny().speech) in KINDS
+    assert type(demo.config().speech) in kinds and type(demo.tiny().speech) in kinds

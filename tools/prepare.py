@@ -10,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from kavatar_jax.config import load_config, set_fields
+from kavatar_jax.console import Display
 from kavatar_jax.training.config import TrainConfig
 from kavatar_jax.training.prepare import prepare
 
@@ -24,20 +25,14 @@ def main() -> int:
     parser.add_argument("--count", type=int, required=True, help="clips of every bucket; a multiple of its batch")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: data.seed=1")
     arguments = parser.parse_args()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         config = set_fields(load_config(arguments.config), arguments.fields)
         if not isinstance(config, TrainConfig):
-            raise ValueError(f"{arguments.config} describes no training run; give one of configs/train_*.py")
-        with Progress(*columns) as progress:
-            bars = {}
-
-            def report(stage: str, done: int, total: int) -> None:
-                if stage not in bars:
-                    bars[stage] = progress.add_task(stage, total=total)
-                progress.update(bars[stage], completed=done)
-
-            prepare(config, arguments.out, count=arguments.count, report=report)
+            raise ValueError(
+                f"{arguments.config} describes no training run; configs/train_tiny.py and its neighbours do"
+            )
+        with Display(Console(stderr=True)) as display:
+            prepare(config, arguments.out, count=arguments.count, report=display)
     except ValueError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion.windows import Windows, slot_bucket
-from kavatar_jax.media.image import resize
+from kavatar_jax.media.image import fit_size, resize
 from kavatar_jax.models import vae
 from kavatar_jax.types import Blueprint, Conditions, Report
 
@@ -50,11 +50,12 @@ def tell_windows(conditions: Conditions, weights: Weights, config: Config) -> tu
 
 def at_blueprint_size(config: Config) -> Config:
     """The run's config for the cascade's first stage: smaller, fewer steps."""
-    scale, grain = config.cascade.blueprint_scale, config.grain
+    scale = config.cascade.blueprint_scale
+    width, height = fit_size(round(config.width * scale), round(config.height * scale), config.grain)
     return dataclasses.replace(
         config,
-        width=max(grain, grain * round(config.width * scale / grain)),
-        height=max(grain, grain * round(config.height * scale / grain)),
+        width=width,
+        height=height,
         sampling=dataclasses.replace(config.sampling, steps=config.cascade.blueprint_steps),
     )
 

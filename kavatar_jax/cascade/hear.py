@@ -13,7 +13,7 @@ import numpy as np
 from kavatar_jax.config import Config, SamplingConfig
 from kavatar_jax.diffusion.windows import Windows
 from kavatar_jax.models.audio_adapter import ABSENT, slice_table
-from kavatar_jax.models.speech import kind
+from kavatar_jax.models.components import model_of
 from kavatar_jax.types import SAMPLE_RATE, Params
 
 WINDOWS_AT_ONCE = 4  # speech encoder batch; a small one, so that memory does not grow with the recording
@@ -49,7 +49,7 @@ def spans_of_frames(first_frames: np.ndarray, fps: int, sampling: SamplingConfig
 def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Features (W, L, D) float32 and slices (W, T, A) int32 of every span of samples."""
     lengths = spans[:, 1] - spans[:, 0]
-    encoder = kind(config.speech)
+    encoder = model_of("speech", config.speech)
     tokens = [encoder.token_count(int(length), config.speech) if length else 0 for length in lengths]
     tables = [slice_table(count, config.sampling.window_frames) if count > 0 else None for count in tokens]
     width = max(table.shape[1] for table in tables if table is not None)
@@ -74,4 +74,4 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _listen(config, params, waves):
-    return kind(config).listen(params, waves, config)
+    return model_of("speech", config).listen(params, waves, config)

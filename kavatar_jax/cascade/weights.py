@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kavatar_jax.checkpoint import weights as store
+from kavatar_jax.checkpoint.weights import load_component
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import load_tokenizer
-from kavatar_jax.models.components import COMPONENTS, abstract, model_of
+from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import partition
 from kavatar_jax.types import Params
@@ -24,9 +24,6 @@ SOURCES = {  # which released file each part of a weights directory is converted
     "speech": "wav2vec2-base-960h/",
     "tokenizer": "Wan2.1-Fun-V1.1-1.3B-InP/google/umt5-xxl/",
 }
-
-
-RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +44,7 @@ def read_configs(folder: Path, config: Config) -> Config:
     ValueError if a part is missing, described by another version, or not made for the others.
     """
     check_complete(folder)
-    found = {}
-    for name, component in COMPONENTS.items():
-        mine = getattr(config, name)
-        stored = store.read_config(folder / name, *component.kinds)
-        names = {field.name for field in dataclasses.fields(stored)}.intersection(RUN_FIELDS)
-        kept = {field: getattr(mine, field) for field in names if hasattr(mine, field)}
-        found[name] = dataclasses.replace(stored, **kept)
+    found = {name: read_stored(folder, name, getattr(config, name)) for name in COMPONENTS}
     read = dataclasses.replace(config, **found)
     _check_fit(folder, read)
     return read
@@ -66,7 +57,7 @@ def load_weights(folder: Path, config: Config) -> Weights:
     for name in COMPONENTS:
         part = getattr(config, name)
         wanted, axes = abstract(name, part), model_of(name, part).AXES
-        loaded[name] = store.load_component(folder / name, wanted, partition(wanted, axes, mesh))
+        loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh))
     return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
 
 
@@ -113,11 +104,9 @@ def _check_fit(folder: Path, config: Config) -> None:
         raise ValueError(
             f"{folder / 'dit'} does not listen to speech or does not see a portrait; it needs {SOURCES['dit']}"
         )
-    pairs = {
-        "text": (config.dit.text_width, config.text.width),
-        "image": (config.dit.image_width or config.image.width, config.image.width),
-        "speech": (audio.speech_width, config.speech.width),
-    }
+    pairs = {"text": (config.dit.text_width, config.text.width), "speech": (audio.speech_width, config.speech.width)}
+    if config.dit.image_width is not None:
+        pairs["image"] = (config.dit.image_width, config.image.width)
     odd = [f"{name} of width {given}, expected {wanted}" for name, (wanted, given) in pairs.items() if wanted != given]
     if odd:
         raise ValueError(f"the parts of {folder} were not made for each other: {', '.join(odd)} by {folder / 'dit'}")

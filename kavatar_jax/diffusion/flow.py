@@ -41,3 +41,8 @@ def target_velocity(x, noise):
 def predicted_clean(x_sigma, velocity, sigma):
     """The clean sample that a velocity points to."""
     return x_sigma - sigma * velocity
+
+
+def velocity_towards(x_sigma, clean, sigma):
+    """The velocity that points to a clean sample, the inverse of `predicted_clean`; sigma is above 0."""
+    return (x_sigma - clean) / sigma

@@ -147,8 +147,8 @@ def contact_sheet(frames: Iterable[np.ndarray], *, columns: int) -> np.ndarray:
 
 
 # swscale's defaults are faster and coarser: dark by one level, colour edges shifted.
-_WEB = ("-movflags", "+faststart")  # the index first, so that a browser can start before it has the whole file
 _SCALE = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
+_WEB = ("-movflags", "+faststart")  # the index first, so that a browser can start before it has the whole file
 
 
 def _input(path: str | Path) -> list[str]:

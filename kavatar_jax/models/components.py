@@ -1,14 +1,24 @@
-"""The networks of a weights directory, by the name of their folder."""
+"""The networks of a weights directory, by the name of their folder.
 
+A speech encoder's file has more than the others: `listen(params, samples_BS, config, *, lora)` -> (B, L, width), a vector
+per 20 ms; `normalise(samples)`, which prepares a recording of any length on the host; and `token_count(samples, config)`,
+the L that comes of so many samples.
+"""
+
+import dataclasses
 import functools
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 
-from kavatar_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
-from kavatar_jax.models import clip, dit, speech, umt5, vae
+from kavatar_jax.checkpoint.weights import read_config
+from kavatar_jax.config import CLIPConfig, DiTConfig, LogMelConfig, UMT5Config, VAEConfig, Wav2Vec2Config
+from kavatar_jax.models import clip, dit, log_mel, umt5, vae, wav2vec2
 from kavatar_jax.types import Params
+
+RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
 
 
 class Component(NamedTuple):
@@ -28,7 +38,7 @@ COMPONENTS = {
     "vae": Component({VAEConfig: vae}, "the video autoencoder"),
     "text": Component({UMT5Config: umt5}, "the text encoder"),
     "image": Component({CLIPConfig: clip}, "the portrait encoder"),
-    "speech": Component(speech.KINDS, "the speech encoder"),
+    "speech": Component({Wav2Vec2Config: wav2vec2, LogMelConfig: log_mel}, "the speech encoder"),
 }
 
 
@@ -42,3 +52,11 @@ def abstract(component: str, config) -> Params:
 def model_of(component: str, config) -> ModuleType:
     """The model file that a component with this config is made by."""
     return COMPONENTS[component].kinds[type(config)]
+
+
+def read_stored(folder: Path, component: str, mine):
+    """The network's config as the weights directory describes it; how it is run stays as `mine` says."""
+    stored = read_config(folder / component, *COMPONENTS[component].kinds)
+    fields = {field.name for field in dataclasses.fields(stored)}.intersection(RUN_FIELDS)
+    kept = {field: getattr(mine, field) for field in fields if hasattr(mine, field)}  # log-mel features have no dtypes
+    return dataclasses.replace(stored, **kept)

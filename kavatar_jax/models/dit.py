@@ -14,7 +14,7 @@ import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import AudioAdapterConfig, DiTConfig
-from kavatar_jax.diffusion.flow import TRAIN_STEPS
+from kavatar_jax.diffusion.flow import TRAIN_STEPS, velocity_towards
 from kavatar_jax.models import audio_adapter, director_projection
 from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, attend_per_frame
 from kavatar_jax.models.director_projection import DirectorProjection
@@ -118,10 +118,11 @@ class DiT(nn.Module):
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
         x, _ = blocks(x, context)
-        velocity = Head(c, name="head")(x, time, grid)
+        predicted = Head(c, name="head")(x, time, grid)
         if c.predicts == "clean":
-            velocity = velocity_to(velocity, inputs.latents, inputs.timestep)
-        return Outputs(velocity, tokens, time, context, x)
+            sigma = inputs.timestep.astype(jnp.float32)[:, None, None, None, None] / TRAIN_STEPS
+            predicted = velocity_towards(inputs.latents.astype(jnp.float32), predicted, sigma)
+        return Outputs(predicted, tokens, time, context, x)
 
 
 class Block(nn.Module):
@@ -279,12 +280,6 @@ class Head(nn.Module):
         (T, H, W), (t, h, w) = grid, c.patch
         x = x.reshape(-1, T, H, W, t, h, w, c.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(-1, T * t, H * h, W * w, c.out_channels)
-
-
-def velocity_to(clean, noisy, timestep_B):
-    """The velocity by which noisy latents at a timestep come from these clean ones: (noisy - clean) / sigma."""
-    sigma = timestep_B.astype(jnp.float32)[:, None, None, None, None] / TRAIN_STEPS
-    return (noisy.astype(jnp.float32) - clean) / sigma
 
 
 def show_reference(condition_BTHWC):

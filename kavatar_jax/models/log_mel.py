@@ -17,8 +17,8 @@ from kavatar_jax.types import SAMPLE_RATE, Params
 
 HOP = 320  # samples, 20 ms: two vectors per frame at 25 frames a second
 WINDOW = 640
-FLOOR = 1e-5  # of energies: about the noise of a quiet room
-CENTRE, SPREAD = -2.5, 1.5  # of their log10 in speech, roughly
+FLOOR = 1e-7  # added to energies; a quarter of those of puppets' voices, pauses among them, lie below it
+CENTRE, SPREAD = -5.6, 1.3  # mean and deviation of log10(energy + FLOOR) over puppets' voices
 
 
 def listen(params: Params, samples_BS, config: LogMelConfig, *, lora: Params | None = None):

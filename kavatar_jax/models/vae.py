@@ -38,11 +38,11 @@ LATENT_STD = (
 
 
 def encode(params: Params, video_BFHWC, config: VAEConfig, *, chunk: int | None = 1):
-    """Video in [-1, 1] -> mean and log variance of its latents, (B, T, H / 8, W / 8, C) float32 each.
+    """Video in [-1, 1] -> mean and log variance of its latents, (B, T, H / side, W / side, C) float32 each.
 
     The mean is normalised by the config's latent statistics, the log variance is not. The first 1 + 4n frames are used,
     what is left over is not. Traceable and differentiable; `chunk` latent frames are worked on at a time (None: all at
-    once, which compiles in half the time and needs memory in proportion). ValueError for a size that 8 does not divide.
+    once, which compiles in half the time and needs memory in proportion). ValueError unless config.side divides the size.
     """
     _check_size(video_BFHWC.shape, config)
     stride = config.stride
@@ -54,7 +54,7 @@ def encode(params: Params, video_BFHWC, config: VAEConfig, *, chunk: int | None 
 
 
 def decode(params: Params, latents_BTHWC, config: VAEConfig, *, chunk: int | None = 1):
-    """Normalised latents -> video (B, 1 + 4 (T - 1), 8 H, 8 W, 3) float32, about [-1, 1] and not clamped.
+    """Normalised latents -> video (B, 1 + 4 (T - 1), side H, side W, 3) float32, about [-1, 1] and not clamped.
 
     Traceable and differentiable; `chunk` as in `encode`.
     """
@@ -93,7 +93,7 @@ def init(config: VAEConfig, key) -> Params:
 
 
 class Encoder(nn.Module):
-    """Frames (B, F, H, W, 3) and the state of the frames before -> moments (B, T, H / 8, W / 8, 2 C), and the new state.
+    """Frames (B, F, H, W, 3) and the state of those before -> moments (B, T, H / side, W / side, 2 C), and the new state.
 
     state: None at the start of a video, where F is 1 + 4n; F is 4n later.
     """
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents as the encoder's mean (B, T, H, W, C), and the state -> frames (B, F, 8 H, 8 W, 3), and the new state.
+    """Latents as the encoder's mean (B, T, H, W, C), and the state -> frames (B, F, side H, side W, 3), and the new state.
 
     state: None at the start of a video, where F is 1 + 4 (T - 1); F is 4 T later.
     """

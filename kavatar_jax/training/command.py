@@ -21,7 +21,7 @@ def run(*, config: str, out: Path, resume: bool = False, fields: tuple[str, ...]
     """
     wanted = set_fields(load_config(config), list(fields))
     if not isinstance(wanted, TrainConfig):
-        raise ValueError(f"--config {config} describes no training run; give one of configs/train_*.py")
+        raise ValueError(f"--config {config} describes no training run; configs/train_tiny.py and its neighbours do")
     keep_compiled_programs()
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

@@ -18,6 +18,7 @@ EVERY_LINEAR = (r"dit/(?!audio/|director/)(?!.*_audio/).*",)  # StableAvatar: ev
 
 TASKS = ("dit", "vae", "text")
 SOURCES = ("puppets", "clips", "prepared", "prompts")
+SPLITS = ("train", "held out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Bucket:
 
     frames: 4n+1; batch: clips of a step, over all devices; weight: how often the bucket is drawn
     clips: for the source "clips", the file that lists its folders
+    closeup: how many times as large the source's pictures are, of which the part around the mouth is taken
     """
 
     width: int
@@ -34,12 +36,19 @@ class Bucket:
     batch: int
     weight: float = 1.0
     clips: str = ""
+    closeup: int = 1
 
     def __post_init__(self):
         if self.frames < 1 or self.frames % 4 != 1:
             raise ValueError(f"a bucket of {self.frames} frames: it must be 4n+1, as in 81")
         _positive("batch of a bucket", self.batch)
         _positive("weight of a bucket", self.weight)
+        _positive("closeup of a bucket", self.closeup)
+
+    @property
+    def source_size(self) -> tuple[int, int]:
+        """Width and height of the pictures that clips are cut from."""
+        return self.width * self.closeup, self.height * self.closeup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +84,7 @@ class DataConfig:
 
     def __post_init__(self):
         _one_of("data.source", self.source, SOURCES)
+        _one_of("data.split", self.split, SPLITS)
         for name in ("first_last", "portrait", "padding", "driven"):
             _share(f"data.{name}", getattr(self, name))
         if not 0 <= self.padding_most < 0.5:

@@ -16,7 +16,8 @@ from absl import flags
 from kavatar_jax.config import Config
 from kavatar_jax.media.image import resize
 from kavatar_jax.media.text import Tokenizer
-from kavatar_jax.models import clip, speech
+from kavatar_jax.models import clip
+from kavatar_jax.models.components import model_of
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots
 from kavatar_jax.training.config import Bucket, DataConfig
 from kavatar_jax.training.objective import Batch
@@ -109,6 +110,7 @@ class Records:
     """A source in an order that has no end: record number `serial`, whatever was taken before."""
 
     def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        self._bucket = bucket
         self._source = open_source(config, bucket, fps)
         order = grain.MapDataset.range(len(self._source))
         if not self._source.endless:
@@ -116,7 +118,8 @@ class Records:
         self._order = order.repeat()
 
     def take(self, serial: int, rng: np.random.Generator) -> dict[str, Any]:
-        return self._source.record(int(self._order[serial]), rng)
+        record = self._source.record(int(self._order[serial]), rng)
+        return record if self._bucket.closeup == 1 else close_up(record, self._bucket, rng)
 
 
 class _Batches:
@@ -151,14 +154,16 @@ class _Batches:
 def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Config, tokenizer: Tokenizer) -> Clips:
     """One record as a row of Clips."""
     reference = record.get("portrait", record["video"][0]) if portrait else record["video"][0]
-    pixels = None
+    pixels = samples = None
+    if model.dit.audio is not None:
+        samples = model_of("speech", model.speech).normalise(record["samples"])
     if model.dit.image_width is not None:
         pixels = clip.preprocess(reference[None].astype(np.float32) / 127.5 - 1, model.image)[0]
     return footage_row(record, portrait, last)._replace(
         reference=reference,
         last=np.asarray(last),
         ids=tokenizer([record["prompt"]], model.dit.text_length)[0][0],
-        samples=speech.kind(model.speech).normalise(record["samples"]) if model.dit.audio is not None else None,
+        samples=samples,
         pixels=pixels,
         director=record.get("director") if model.dit.director_width is not None else None,
     )
@@ -167,6 +172,22 @@ def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Confi
 def footage_row(record: dict[str, Any], portrait: bool, last: bool) -> Clips:
     """Only the pictures and their masks, which is all that the autoencoder learns from."""
     return Clips(video=record["video"], face=_to_bytes(record["face"]), lip=_to_bytes(record["lip"]))
+
+
+def close_up(record: dict[str, Any], bucket: Bucket, rng: np.random.Generator) -> dict[str, Any]:
+    """The part of the bucket's size around where the mouth is on the whole, off its middle by up to an eighth."""
+    lip, corner = _to_bytes(record["lip"]).astype(np.float32).sum(axis=0), []
+    for axis, size in enumerate((bucket.height, bucket.width)):
+        shares = lip.sum(axis=1 - axis)
+        middle = np.average(np.arange(len(shares)), weights=shares) if shares.any() else len(shares) / 2
+        start = middle - size / 2 + rng.uniform(-size / 8, size / 8)
+        corner.append(int(np.clip(round(start), 0, len(shares) - size)))
+    top, left = corner
+    part = np.s_[..., top : top + bucket.height, left : left + bucket.width]
+    cut = {name: record[name][part] for name in ("face", "lip")}
+    for name in {"video", "portrait"} & record.keys():
+        cut[name] = record[name][(*part, np.s_[:])]
+    return record | cut
 
 
 def pad(record: dict[str, Any], sides: np.ndarray) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: fro
     size = latents.shape[1:4]
     text, image, speech = clips.ids, clips.pixels, clips.samples
     if "text" not in live:
-        text = encoders.read(params["text"], text, model.text)
+        text = encoders.read(params, text, model)
     if image is not None and "image" not in live:
-        image = encoders.see(params["image"], image, model.image)
+        image = encoders.see(params, image, model)
     if speech is not None and "speech" not in live:
-        speech = encoders.listen(params.get("speech", {}), speech, model.speech)
+        speech = encoders.listen(params, speech, model)
     return Batch(
         latents=latents,
         condition=condition,

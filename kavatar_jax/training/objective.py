@@ -188,13 +188,13 @@ def _inputs(params, lora, batch: Batch, blank, draws: Draws, noisy, model: Confi
     c, image, speech, slices, heard = model.dit, batch.image, batch.speech, None, None
     text = jnp.where(_along(draws.read, batch.text), batch.text, blank)
     if text.ndim == 2:
-        text = encoders.read(params["text"], text, model.text, lora=lora.get("text"))
+        text = encoders.read(params, text, model, lora=lora)
     if image is not None:
-        image = encoders.see(params["image"], image, model.image, lora=lora.get("image")) if image.ndim == 4 else image
+        image = encoders.see(params, image, model, lora=lora) if image.ndim == 4 else image
         image = jnp.where(_along(draws.seen, image), image, 0)
     if speech is not None:
         if speech.ndim == 2:
-            speech = encoders.listen(params.get("speech", {}), speech, model.speech, lora=lora.get("speech"))
+            speech = encoders.listen(params, speech, model, lora=lora)
         slices = jnp.asarray(slice_table(speech.shape[1], 4 * (noisy.shape[1] - 1) + 1))
         slices = jnp.broadcast_to(slices, (speech.shape[0], *slices.shape))
         if config.silence == "features":

@@ -53,7 +53,8 @@ def check_learning(config: DataConfig, live: frozenset[str]) -> None:
 
 
 def folder_name(bucket: Bucket) -> str:
-    return f"{bucket.width}x{bucket.height}x{bucket.frames}"
+    part = f"_of_{bucket.closeup}" if bucket.closeup > 1 else ""
+    return f"{bucket.width}x{bucket.height}x{bucket.frames}{part}"
 
 
 def views_of(config: DataConfig) -> list[tuple[bool, bool]]:

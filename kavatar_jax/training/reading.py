@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from kavatar_jax.config import UMT5Config
+from kavatar_jax.config import Config
 from kavatar_jax.media.text import PAD, Tokenizer
 from kavatar_jax.training import encoders
 from kavatar_jax.training.sources import MEANINGS
@@ -29,9 +29,9 @@ def prompt_row(record: dict[str, Any], portrait: bool, last: bool, *, tokenizer:
     return Prompts(ids=tokenizer([record["prompt"]], length)[0][0], meant=record["meant"])
 
 
-def losses(params: Params, prompts: Prompts, config: UMT5Config):
+def losses(params: Params, prompts: Prompts, model: Config):
     """Per prompt, each (B,): the cross entropy of its meanings, and whether all of them were understood."""
-    features = encoders.read(params, prompts.ids, config)
+    features = encoders.read(params, prompts.ids, model)
     real = (prompts.ids != PAD)[..., None]
     mean = jnp.sum(features * real, axis=1) / jnp.maximum(real.sum(axis=1), 1)
     logits = SHARPNESS * mean[:, : len(MEANINGS)]

@@ -59,12 +59,12 @@ def tell(params: Params, batch: Batch, blank, branch: Branch, model: Config) -> 
     """What one branch of guidance is told; latents and timestep are still to be put in."""
     B, T = batch.latents.shape[:2]
     text = batch.text if branch.positive else jnp.broadcast_to(blank, batch.text.shape)
-    text = encoders.read(params["text"], text, model.text) if text.ndim == 2 else text
+    text = encoders.read(params, text, model) if text.ndim == 2 else text
     image, speech, slices = batch.image, batch.speech, None
     if image is not None and image.ndim == 4:
-        image = encoders.see(params["image"], image, model.image)
+        image = encoders.see(params, image, model)
     if speech is not None:
-        speech = encoders.listen(params.get("speech", {}), speech, model.speech) if speech.ndim == 2 else speech
+        speech = encoders.listen(params, speech, model) if speech.ndim == 2 else speech
         table = slice_table(speech.shape[1], 4 * (T - 1) + 1)
         slices = jnp.broadcast_to(jnp.asarray(table), (B, *table.shape))
     condition = None

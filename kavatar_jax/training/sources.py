@@ -1,7 +1,7 @@
 """Where clips come from: a bucket goes in, a random-access source of records comes out.
 
 A record of the sources "puppets" and "clips" is a dict:
-    name: what to call it in messages                  video: (F, H, W, 3) uint8 at the bucket's size
+    name: what to call it in messages                  video: (F, H, W, 3) uint8 of the bucket's source_size
     samples: (n,) float32, exactly F frames long       face, lip: (F, H, W) bool, or uint8 with 255 inside
     prompt: str                                        portrait: (H, W, 3) uint8, where there is one
     director: (L, D) float32, where there is one
@@ -51,7 +51,7 @@ def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
     if config.source == "clips":
         return ClipFolders(config, bucket, fps)
     if config.source == "prompts":
-        return Prompts(config)
+        return PuppetPrompts(config)
     return Puppets(config, bucket, fps)
 
 
@@ -62,14 +62,15 @@ class Puppets:
 
     def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
         self._directed = config.directed
+        width, height = bucket.source_size
         number = config.buckets.index(bucket)  # buckets do not show the same performances at two sizes
         self._records = Records(
             RecordsConfig(
                 seed=config.seed + 1000003 * number,
                 split=config.split,
                 frames=bucket.frames,
-                width=bucket.width,
-                height=bucket.height,
+                width=width,
+                height=height,
                 fps=fps,
                 driven=config.driven,
             )
@@ -92,7 +93,7 @@ class Puppets:
         }
 
 
-class Prompts:
+class PuppetPrompts:
     """What puppets are told to do, as the director would word it, and what of it there is to understand."""
 
     endless = True
@@ -152,11 +153,10 @@ class ClipFolders:
         return len(self._folders)
 
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        folder, bucket, fps = self._folders[index], self._bucket, self._fps
+        folder, bucket, fps, size = self._folders[index], self._bucket, self._fps, self._bucket.source_size
         frames = list(read_frames(folder / "sub_clip.mp4", fps=fps))
         start = int(rng.integers(max(0, len(frames) - bucket.frames) + 1))
         chosen = np.minimum(np.arange(start, start + bucket.frames), len(frames) - 1)
-        size = (bucket.width, bucket.height)
         record = {
             "name": str(folder),
             "video": np.stack([resize(frames[i], size) for i in chosen]),
@@ -173,15 +173,14 @@ class ClipFolders:
 
     def _masks(self, folder: Path, chosen: np.ndarray, count: int) -> np.ndarray:
         """Masks are numbered as the frames of the file; those nearest in time are taken."""
-        bucket = self._bucket
+        width, height = self._bucket.source_size
         files = sorted(folder.glob("*.png"), key=lambda file: int(file.stem.rpartition("_")[2]))
         if not files and self._config.whole_masks:
-            return np.full((bucket.frames, bucket.height, bucket.width), 255, np.uint8)
+            return np.full((len(chosen), height, width), 255, np.uint8)
         if not files:
             raise ValueError(f"{folder} holds no masks; make them, or set data.whole_masks to do without")
         nearest = np.clip(np.round((chosen + 0.5) * len(files) / count - 0.5).astype(int), 0, len(files) - 1)
-        size = (bucket.width, bucket.height)
-        return np.stack([np.asarray(Image.open(files[i]).convert("L").resize(size)) for i in nearest])
+        return np.stack([np.asarray(Image.open(files[i]).convert("L").resize((width, height))) for i in nearest])
 
 
 def _stretch(samples: np.ndarray, start: int, frames: int, fps: int) -> np.ndarray:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from kavatar_jax.checkpoint.bridge import flatten, unflatten
-from kavatar_jax.checkpoint.weights import load_component, read_config
-from kavatar_jax.models.components import COMPONENTS, abstract, model_of
+from kavatar_jax.checkpoint.weights import load_component
+from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.sharding import partition, replicated
 from kavatar_jax.training.config import LoRAConfig, OptimizerConfig, TrainConfig, TrainedConfig
 from kavatar_jax.training.optimizer import make_optimizer
@@ -58,10 +58,8 @@ def adopt(config: TrainConfig) -> TrainConfig:
     """
     found = {}
     for name in COMPONENTS.keys() - {"dit"} - drawn_anew(config):
-        folder, mine = Path(config.weights) / name, getattr(config.model, name)
-        if (folder / "config.json").is_file():
-            stored = read_config(folder, *COMPONENTS[name].kinds)
-            found[name] = dataclasses.replace(stored, dtype=mine.dtype, param_dtype=mine.param_dtype)
+        if (Path(config.weights) / name / "config.json").is_file():
+            found[name] = read_stored(Path(config.weights), name, getattr(config.model, name))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 

@@ -13,8 +13,7 @@ import numpy as np
 
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
-from kavatar_jax.models import speech
-from kavatar_jax.models.components import COMPONENTS
+from kavatar_jax.models.components import COMPONENTS, model_of
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, replicated
 from kavatar_jax.training import encoders, flops, objective, reading, reconstruction, sampling
@@ -71,7 +70,7 @@ def dit_task(config: TrainConfig, mesh) -> Task:
         if "text" not in components:
             blank = np.zeros((1, model.dit.text_length, model.dit.text_width), np.float32)  # never asked for
         elif "text" not in live:
-            blank = jax.jit(lambda params: encoders.read(params, blank, model.text))(frozen["params"]["text"])
+            blank = jax.jit(lambda params: encoders.read(params, blank, model))(frozen["params"])
         return {"weights": frozen, "blank": jax.device_put(blank, replicated(mesh))}
 
     def to_batch(params: Params, clips: Clips):
@@ -135,8 +134,7 @@ def text_task(config: TrainConfig, mesh) -> Task:
         raise ValueError(f"text.width is {model.text.width}; {len(MEANINGS)} meanings need at least as much")
 
     def losses(trained, frozen, prompts, draws, clip_level):
-        params = join(trained, frozen["weights"])["params"]["text"]
-        return reading.losses(params, prompts, model.text)
+        return reading.losses(join(trained, frozen["weights"])["params"], prompts, model)
 
     length = model.dit.text_length
     return Task(
@@ -198,7 +196,7 @@ def _networks(config: TrainConfig, live: frozenset[str]) -> list[str]:
 def _dit_work(bucket: Bucket, share: float, model: Config) -> Work:
     grid = latent_size(bucket.frames, bucket.height, bucket.width, model.vae)
     samples = round(bucket.frames * SAMPLE_RATE / model.fps)
-    spoken = speech.kind(model.speech).token_count(samples, model.speech)
+    spoken = model_of("speech", model.speech).token_count(samples, model.speech)
     seen = 1 + (model.image.image_size // model.image.patch) ** 2
     once = flops.forward(model.dit, grid, image_tokens=seen, speech_tokens=spoken)
     return Work(flops.video_tokens(model.dit, grid), flops.train(once, share))

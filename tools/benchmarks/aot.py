@@ -16,8 +16,7 @@ from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.models import dit
 from kavatar_jax.models.audio_adapter import slice_table
-from kavatar_jax.models.components import abstract
-from kavatar_jax.models.speech import kind
+from kavatar_jax.models.components import abstract, model_of
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding, partition, replicated
 from kavatar_jax.types import SAMPLE_RATE, Params
@@ -71,7 +70,8 @@ def _trace(weights: Params, config: Config, windows: int):
     group = group_size(windows, sampling)
     W, T = group * -(-windows // group), sampling.window_latents
     latent = (T, config.height // config.vae.side, config.width // config.vae.side)
-    tokens = kind(config.speech).token_count(round(sampling.window_frames * SAMPLE_RATE / config.fps), config.speech)
+    samples = round(sampling.window_frames * SAMPLE_RATE / config.fps)
+    tokens = model_of("speech", config.speech).token_count(samples, config.speech)
     places = slice_table(tokens, sampling.window_frames).shape[1]
 
     def given(sharding, *shape, dtype=jnp.float32):
