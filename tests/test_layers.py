@@ -79,3 +79,21 @@ def test_bfloat16_products_accumulate_in_float32():
 def test_layer_norm_uses_the_population_variance():
     x = jnp.array([1.0, 2.0, 3.0, 6.0])
     np.testing.assert_allclose(layer_norm(x, 0.0), (x - 3) / np.sqrt(3.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("inputs, outputs", [(24, 40), (40, 24)])
+def test_gradients_of_a_low_precision_product(inputs, outputs):
+    """Operands and what comes back are rounded to bfloat16, sums are not: kernels get their gradient in float32."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (3, 50, inputs)), jax.random.normal(keys[1], (inputs, outputs))
+    slope = jax.random.normal(keys[2], (3, 50, outputs))
+    rounded = [y.astype(jnp.bfloat16).astype(jnp.float32) for y in (x, kernel, slope)]
+
+    @jax.jit
+    def pull(x, kernel, slope):
+        return jax.vjp(lambda x, kernel: matmul(x, kernel, "bfloat16"), x, kernel)[1](slope)
+
+    dx, dkernel = pull(x, kernel, slope)
+    assert dx.dtype == dkernel.dtype == jnp.float32
+    np.testing.assert_allclose(dx, jnp.einsum("bso,io->bsi", rounded[2], rounded[1]), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(dkernel, jnp.einsum("bsi,bso->io", rounded[0], rounded[2]), rtol=1e-5, atol=1e-4)

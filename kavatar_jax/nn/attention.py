@@ -16,7 +16,8 @@ from kavatar_jax.parallel.sharding import partition
 
 LONG = 128  # fewer queries or keys are not worth a kernel
 QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
-HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle
+HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle,
+HEAD_LOGITS = 1 << 19  # so more queries where keys are few
 
 
 def attend(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float | None = None):
@@ -49,9 +50,10 @@ def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, sca
     return _uncut(out, 1, q_BSNK.shape[1])
 
 
-def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int = HEAD_CHUNK):
+def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
     """The form for CPUs: products of plain matrices, small enough for the cache and large enough to be fast."""
     B, S, N, K = q_BSNK.shape
+    chunk = chunk or max(HEAD_CHUNK, HEAD_LOGITS // k_BLNK.shape[1])
 
     def head(qkv):
         q_SK, k_KL, v_LK = qkv
