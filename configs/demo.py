@@ -49,6 +49,7 @@ def config() -> Config:
             blocks=1,
             temporal=(True, True),
             patch=4,
+            bypass=True,
         ),
         text=UMT5Config(vocabulary=260, width=64, heads=4, head_width=16, mlp=128, layers=2),
         image=CLIPConfig(width=64, heads=4, layers=3, mlp=256, image_size=224, patch=14, embedding=32),

@@ -69,6 +69,7 @@ class VAEConfig:
 
     multipliers: of the width, a level each; temporal: whether each step between them halves the frames too
     patch: side of the squares of pixels that are folded into channels first, 1 for none
+    bypass: linear maps from the pixels of each latent straight to it and back, beside the networks
     """
 
     width: int
@@ -79,6 +80,7 @@ class VAEConfig:
     blocks: int = 2
     temporal: tuple[bool, ...] = (False, True, True)
     patch: int = 1
+    bypass: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 

@@ -49,5 +49,5 @@ def compile_step(*arguments: str, out: Path) -> dict:
 
 def start(*arguments: str) -> subprocess.CompletedProcess:
     fields = [word for field in FIELDS for word in ("--set", field)]
-    command = [sys.executable, "-m", "tools.bench", "aot", "--config", "demo", *fields, *arguments]
+    command = [sys.executable, "-m", "tools.bench", "aot", "--config", "stableavatar", *fields, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -43,7 +43,7 @@ def lively(config):
     params = flatten(vae.init(config, jax.random.key(0)))
     rng = np.random.default_rng(2)
     for path, leaf in jax.device_get(params).items():
-        if not path.endswith("kernel") or path.endswith("project/kernel"):
+        if not path.endswith("kernel") or path.endswith(("project/kernel", "bypass/kernel")):
             params[path] = leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32)
     return unflatten(params)
 
@@ -323,3 +323,25 @@ def test_a_folded_video_in_chunks_equals_the_whole():
         np.testing.assert_allclose(one, other, atol=2e-5)
     with pytest.raises(ValueError, match="multiples of 4"):
         vae.encode(params, VIDEO[:, :, :10], config)
+
+
+@pytest.mark.parametrize("config", [replace(TWO_LEVELS, patch=2, bypass=True), replace(THREE_LEVELS, bypass=True)])
+def test_a_bypass_in_chunks_equals_the_whole(config):
+    params, video = lively(config), VIDEO[:, :9]
+    without = through(params, video, replace(config, bypass=False), None)
+    for one, other, plain in zip(
+        through(params, video, config, None), through(params, video, config, 1), without, strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+        assert np.abs(one - plain).max() > 0.01
+
+
+def test_pixels_of_a_latent_are_gathered_and_scattered():
+    config = replace(TWO_LEVELS, patch=2)  # two frames of four by four pixels
+    video = jnp.arange(2 * 5 * 8 * 12 * 3, dtype=jnp.float32).reshape(2, 5, 8, 12, 3)
+    cells = vae.gather(video, config, starts=True)
+    assert cells.shape == (2, 3, 2, 3, 96)
+    np.testing.assert_array_equal(cells[1, 2, 1, 2].reshape(2, 4, 4, 3), video[1, 3:, 4:, 8:])
+    np.testing.assert_array_equal(cells[0, 0, 0, 0].reshape(2, 4, 4, 3), video[0, [0, 0], :4, :4])
+    np.testing.assert_array_equal(vae.scatter(cells, config, starts=True), video)
+    np.testing.assert_array_equal(vae.scatter(cells[:, 1:], config, starts=False), video[:, 1:])

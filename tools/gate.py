@@ -34,11 +34,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--frames", type=int, default=33, help="of a clip; 4n+1")
+    parser.add_argument(
+        "--size", type=int, default=128, help="width and height of a clip, as the autoencoder was trained"
+    )
     parser.add_argument("--least", type=float, default=0.95, help="correlation over all frames that passes")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="the clips, and below each what came back")
     arguments = parser.parse_args(words)
     try:
-        found = measure(open_autoencoder(arguments.weights), arguments.clips, arguments.frames, arguments.sheet)
+        found = measure(
+            open_autoencoder(arguments.weights), arguments.clips, arguments.frames, arguments.sheet, size=arguments.size
+        )
     except ValueError as error:
         print(f"gate: {error}", file=sys.stderr)
         return 2
@@ -60,9 +65,11 @@ def open_autoencoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda video: np.asarray(there_and_back(video[None])[0])
 
 
-def measure(autoencoder: Callable, clips: int, frames: int, sheet: Path | None = None) -> dict[str, float]:
+def measure(
+    autoencoder: Callable, clips: int, frames: int, sheet: Path | None = None, *, size: int = 128
+) -> dict[str, float]:
     """Correlations of the opening over all frames, the median and the worst of clips in which the mouth moves, and PSNR."""
-    records = Records(RecordsConfig(split="held out", frames=frames))
+    records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size))
     pairs, errors, stills = [], [], []
     for number in range(clips):
         record = records[number]

@@ -1,6 +1,7 @@
 """Wan2.1's causal 3D VAE: video in and latents out, and back; 8x smaller in space, 4x in time.
 
-Squares of `patch` pixels may be folded into channels first and last, as in Wan2.2's VAE, which takes twice two: 16x.
+Squares of `patch` pixels may be folded into channels first and last, as in Wan2.2's VAE, which takes twice two: 16x. A
+small network that has little time to learn gets a `bypass` as well, so that it need not find by itself what is linear.
 
 The first frame becomes the first latent frame, every further group of four frames one more. Encoder and decoder take one
 chunk and what the chunks before left behind, so a video of any length goes through one compiled program.
@@ -114,7 +115,11 @@ class Encoder(nn.Module):
         x = run(Middle(c, name="middle"), x)
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
         x = run(CausalConv(2 * c.latent_channels, **types, name="conv_out"), x)
-        return Linear(2 * c.latent_channels, **types, name="quant")(x), kept
+        moments = Linear(2 * c.latent_channels, **types, name="quant")(x)
+        if c.bypass:
+            cells = gather(x_BFHWC, c, starts=state is None)
+            moments = moments + Linear(2 * c.latent_channels, **types, name="bypass")(cells)
+        return moments, kept
 
 
 class Decoder(nn.Module):
@@ -139,8 +144,11 @@ class Decoder(nn.Module):
             if level < len(c.temporal):
                 x = _spread(run(Upsample(c, c.temporal[-1 - level], name=f"level_{level}_up"), x))
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
-        x = run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x)
-        return unfold(x, c.patch), kept
+        frames = unfold(run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x), c.patch)
+        if c.bypass:
+            cells = Linear(3 * c.side**2 * c.stride, **types, name="bypass")(x_BTHWC)
+            frames = frames + scatter(cells, c, starts=state is None)
+        return frames, kept
 
 
 def fold(x_BFHWC, patch: int):
@@ -155,6 +163,28 @@ def unfold(x_BFHWC, patch: int):
     B, F, H, W, C = x_BFHWC.shape
     squares = x_BFHWC.reshape(B, F, H, W, patch, patch, C // patch**2)
     return squares.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, F, H * patch, W * patch, C // patch**2)
+
+
+def gather(x_BFHWC, config: VAEConfig, *, starts: bool):
+    """All pixels of each latent: (B, F, H, W, 3) -> (B, T, H / side, W / side, stride * side * side * 3).
+
+    starts: whether the first frame is a video's first, which has a latent to itself: it stands for all frames of it.
+    """
+    if starts:
+        first = jnp.repeat(x_BFHWC[:, :1], config.stride - 1, axis=1)
+        x_BFHWC = jnp.concatenate([first, x_BFHWC], axis=1)
+    x = fold(x_BFHWC, config.side)
+    B, F, H, W, C = x.shape
+    x = x.reshape(B, F // config.stride, config.stride, H, W, C)
+    return jnp.moveaxis(x, 2, 4).reshape(B, F // config.stride, H, W, config.stride * C)
+
+
+def scatter(x_BTHWC, config: VAEConfig, *, starts: bool):
+    """The inverse of `gather`; of a video's first latent the last frame is kept."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = jnp.moveaxis(x_BTHWC.reshape(B, T, H, W, config.stride, C // config.stride), 4, 2)
+    x = unfold(x.reshape(B, T * config.stride, H, W, C // config.stride), config.side)
+    return x[:, config.stride - 1 :] if starts else x
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -172,7 +202,7 @@ def _init(config, key):
     normal = jax.lax.optimization_barrier(normal)  # or it is drawn again inside every part
     parts = dict(zip(drawn, jnp.split(normal, np.cumsum(list(drawn.values()))[:-1]), strict=True))
     for path, leaf in flat.items():
-        if path.endswith("attention/project/kernel") or path.endswith("bias"):
+        if path.endswith(("attention/project/kernel", "bypass/kernel", "bias")):
             flat[path] = jnp.zeros(leaf.shape, leaf.dtype)
         elif path.endswith("scale"):
             flat[path] = jnp.ones(leaf.shape, leaf.dtype)
@@ -270,7 +300,7 @@ AXES = {  # half a gigabyte at the published width, and whole on every device
     r".*/(conv1|conv2|conv_in|conv_out)/kernel": (None, None, None, None, None),
     r".*_(down|up)/conv/kernel": (None, None, None, None),
     r".*_(down|up)/time/kernel": (None, None, None),
-    r".*/(shortcut|qkv|project|quant)/kernel": (None, None),
+    r".*/(shortcut|qkv|project|quant|bypass)/kernel": (None, None),
     r".*/bias": (None,),
     r".*/scale": (None,),
 }

@@ -85,7 +85,7 @@ def _trace(weights: Params, config: Config, windows: int):
     )  # fmt: skip
     shared = Shared(
         text=given(everywhere, 2, net.text_length, net.text_width),
-        image=given(everywhere, 1, 257, net.image_width),
+        image=None if net.image_width is None else given(everywhere, 1, 257, net.image_width),
         condition=given(everywhere, 1, *latent, net.in_channels - net.out_channels),
         director=None,
     )
