@@ -18,8 +18,9 @@ lint: .venv/.ready-lint
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
 
-parity: .venv/.ready-parity
+parity: .venv/.ready-parity .venv/.ready-aot
 	$(RUN)/python tools/parity.py $(wildcard $(REFERENCES)/*/)
+	PYTHONPATH=.venv/aot $(RUN)/python -m pytest tests/test_aot.py
 	$(RUN)/python -m pytest -m "slow or torch"
 
 .venv/bin/python:
@@ -38,6 +39,11 @@ parity: .venv/.ready-parity
 .venv/.ready-parity: .venv/.ready
 	$(RUN)/python -m pip install --quiet torch==2.13.0
 	$(RUN)/python -m pip install --quiet --editable '.[parity]'
+	@touch $@
+
+# in a folder of its own: where JAX sees a libtpu, it looks for a TPU first
+.venv/.ready-aot: .venv/.ready
+	$(RUN)/python -m pip install --quiet --no-deps --target .venv/aot libtpu
 	@touch $@
 
 .PHONY: demo test lint parity
