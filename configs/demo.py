@@ -35,7 +35,7 @@ def config() -> Config:
             text_length=256,
             image_width=None,
             image_positions=0,
-            predicts="clean",
+            predicts="change",
             reference="every",
             remat="none",
             audio=AudioAdapterConfig(speech_width=208, projection=(192,), heads=3, mlp=384, layers=2),

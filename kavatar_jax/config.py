@@ -33,7 +33,7 @@ class DiTConfig:
     image_positions: length of the table added to the image tokens (514 in FLF2V), 0 for none
     audio: None for plain Wan
     director_width: width of the director's hidden states, None where there is no projection for them
-    predicts: what the head's output stands for, "velocity" or the "clean" latents
+    predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from the condition's
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
     """
@@ -59,7 +59,7 @@ class DiTConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        _one_of("dit.predicts", self.predicts, ("velocity", "clean"))
+        _one_of("dit.predicts", self.predicts, ("velocity", "clean", "change"))
         _one_of("dit.reference", self.reference, ("first", "every"))
 
 

@@ -119,7 +119,10 @@ class DiT(nn.Module):
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
         x, _ = blocks(x, context)
         predicted = Head(c, name="head")(x, time, grid)
-        if c.predicts == "clean":
+        if c.predicts == "change":
+            assert condition is not None, "there is nothing that could be changed"
+            predicted = predicted + condition[..., MASK_CHANNELS:].astype(jnp.float32)
+        if c.predicts != "velocity":
             sigma = inputs.timestep.astype(jnp.float32)[:, None, None, None, None] / TRAIN_STEPS
             predicted = velocity_towards(inputs.latents.astype(jnp.float32), predicted, sigma)
         return Outputs(predicted, tokens, time, context, x)

@@ -86,7 +86,7 @@ def draw_sigmas(key, count: int, config: ObjectiveConfig):
 def losses(
     params, lora, batch: Batch, blank, draws: Draws, model: Config, config: ObjectiveConfig, *, clip_level: bool
 ):
-    """Per clip, each (B,): loss, sigma, and the unweighted error over the frame and over the lips.
+    """Per clip, each (B,): loss, sigma, and the error over the frame and over the lips without the weights of masks.
 
     params, lora: by component; those of "text", "image" and "speech" only where these learn too
     blank: what `batch.text` is of no words, (1, L, D) or (1, L)
@@ -98,12 +98,11 @@ def losses(
     predicted = DiT(dit, clip_level).apply({"params": params["dit"], "lora": lora.get("dit", {})}, inputs).velocity
     target = target_velocity(clean, draws.noise)
     weight = mask_weight(draws.gamma, batch.face, batch.lip, config)
-    loss = velocity_loss(predicted, target, weight, config)
-    if config.least_sigma:
-        loss = loss * jnp.square(draws.sigma / jnp.maximum(draws.sigma, config.least_sigma))
-    error = jnp.mean(jnp.square(predicted - target), axis=-1)
+    # all ones where least_sigma is 0; else of velocities near no noise, where a clean prediction's are off without bound
+    scale = jnp.square(draws.sigma / jnp.maximum(draws.sigma, config.least_sigma))
+    error = jnp.mean(jnp.square(predicted - target), axis=-1) * _along(scale, predicted[..., 0])
     return {
-        "loss": loss,
+        "loss": velocity_loss(predicted, target, weight, config) * scale,
         "sigma": draws.sigma,
         "error": error.mean(axis=(1, 2, 3)),
         "lip_error": (error * batch.lip).sum(axis=(1, 2, 3)) / jnp.maximum(batch.lip.sum(axis=(1, 2, 3)), 1e-6),
