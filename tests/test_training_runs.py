@@ -22,6 +22,7 @@ from PIL import Image
 from configs import train_tiny
 from kavatar_jax.checkpoint import weights as files
 from kavatar_jax.checkpoint.bridge import flatten
+from kavatar_jax.checkpoint.files import Tensors
 from kavatar_jax.media.video import probe
 from kavatar_jax.models import vae
 from kavatar_jax.models.components import COMPONENTS, abstract
@@ -419,3 +420,13 @@ def test_the_autoencoder_learns_and_measures_its_latents(tmp_path):
     mean, _ = jax.jit(lambda p, v: vae.encode(p, v / 127.5 - 1, stored))(params, clips.video.astype(jnp.float32))
     assert np.all(np.abs(np.asarray(mean).mean(axis=(0, 1, 2, 3))) < 0.5)
     np.testing.assert_allclose(np.asarray(mean).std(axis=(0, 1, 2, 3)), 1, atol=0.4)
+
+    decoder = kinds.TrainedConfig(patterns=(r"vae/decoder/.*",))
+    alone = replace(config, weights=str(tmp_path / "weights"), trained=decoder, steps=2)
+    assert loop.train(alone, tmp_path / "more", resume=False) == 2
+    assert files.read_config(tmp_path / "more" / "weights" / "vae", type(stored)) == stored  # latents are as they were
+    first, second = (
+        Tensors(folder / "weights" / "vae" / "model.safetensors") for folder in (tmp_path, tmp_path / "more")
+    )
+    changed = {path for path in first if (first[path] != second[path]).any()}
+    assert changed and all(path.startswith("decoder/") for path in changed)

@@ -41,9 +41,14 @@ def learning(config: TrainConfig) -> frozenset[str]:
     for component in COMPONENTS:
         paths = flatten({component: abstract(component, getattr(config.model, component))})
         lora = config.trained.lora
-        if any(_learns(path, config.trained) or (lora and _matches(path, lora.patterns)) for path in paths):
+        if any(learns(path, config.trained) or (lora and _matches(path, lora.patterns)) for path in paths):
             names.add(component)
     return frozenset(names)
+
+
+def learns(path: str, config: TrainedConfig) -> bool:
+    """Whether a parameter, "component/path", is one of those that are trained."""
+    return _matches(path, config.patterns) and not _matches(path, config.frozen)
 
 
 def drawn_anew(config: TrainConfig) -> frozenset[str]:
@@ -94,12 +99,12 @@ def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState,
 
 def split(tree: Params, config: TrainedConfig) -> tuple[Params, Params]:
     """What learns and what is frozen; of a LoRA branch everything but its scale learns."""
-    learns, frozen = {}, {}
+    trained, frozen = {}, {}
     for path, leaf in flatten(tree).items():
         kind, _, rest = path.partition("/")
-        chosen = not rest.endswith("/scale") if kind == "lora" else _learns(rest, config)
-        (learns if chosen else frozen)[path] = leaf
-    return unflatten(learns), unflatten(frozen)
+        chosen = not rest.endswith("/scale") if kind == "lora" else learns(rest, config)
+        (trained if chosen else frozen)[path] = leaf
+    return unflatten(trained), unflatten(frozen)
 
 
 def join(trained: Params, frozen: Params) -> Params:
@@ -201,10 +206,6 @@ def _matches_any(name: str, config: TrainConfig) -> bool:
 def _pick(tree: Params, paths: list[str]) -> Params:
     flat = flatten(tree)
     return unflatten({path: flat[path] for path in paths})
-
-
-def _learns(path: str, config: TrainedConfig) -> bool:
-    return _matches(path, config.patterns) and not _matches(path, config.frozen)
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:

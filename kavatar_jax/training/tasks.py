@@ -11,9 +11,10 @@ import chex
 import jax
 import numpy as np
 
+from kavatar_jax.checkpoint.bridge import flatten
 from kavatar_jax.config import Config
 from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
-from kavatar_jax.models.components import COMPONENTS, model_of
+from kavatar_jax.models.components import COMPONENTS, abstract, model_of
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, replicated
 from kavatar_jax.training import encoders, flops, objective, reading, reconstruction, sampling
@@ -22,7 +23,7 @@ from kavatar_jax.training.data import Clips, Loaded, Row, clip_row, footage_row
 from kavatar_jax.training.encode import encode
 from kavatar_jax.training.prepared import check_learning
 from kavatar_jax.training.sources import MEANINGS
-from kavatar_jax.training.state import drawn_anew, join, learning
+from kavatar_jax.training.state import drawn_anew, join, learning, learns
 from kavatar_jax.training.step import Losses
 from kavatar_jax.types import SAMPLE_RATE, Params
 
@@ -104,6 +105,12 @@ def vae_task(config: TrainConfig, mesh) -> Task:
     if learning(config) != {"vae"}:
         raise ValueError(f"the task 'vae' trains the autoencoder alone; trained.patterns is {config.trained.patterns}")
 
+    paths = (f"vae/{path}" for path in flatten(abstract("vae", model)) if path.startswith("encoder/"))
+    encoder_learns = any(learns(path, config.trained) for path in paths)
+
+    def settle(whole, batches):  # a decoder that learns alone leaves the latents as they are
+        return measure_latents(config.model, whole["params"]["vae"], batches) if encoder_learns else config.model
+
     def losses(trained, frozen, clips, normal, clip_level):
         params = join(trained, frozen["weights"])["params"]["vae"]
         return reconstruction.losses(params, clips, normal, model, config.reconstruction)
@@ -119,7 +126,7 @@ def vae_task(config: TrainConfig, mesh) -> Task:
         losses=losses,
         perform=lambda whole, frozen, batch, clips: show(whole["params"]["vae"], clips.video),
         work=lambda bucket, share: Work(math.prod(latent_size(bucket.frames, bucket.height, bucket.width, model)), 0.0),
-        settle=lambda whole, batches: measure_latents(config.model, whole["params"]["vae"], batches),
+        settle=settle,
     )
 
 
