@@ -1,13 +1,14 @@
 """The demo's transformer and audio adapter, trained on puppets whose latents were computed beforehand.
 
-    python tools/bundle.py ENCODERS VAE_RUN/weights TEXT_RUN/weights
+    python tools/bundle.py ENCODERS START TEXT_RUN/weights
     python tools/prepare.py demo_dit CLIPS --count 1280 --set data.source=puppets --set weights=ENCODERS
     kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
     python tools/bundle.py WEIGHTS ENCODERS RUN/weights --half --fill demo
 
-VAE_RUN and TEXT_RUN are those of demo_vae and demo_text; `kavatar generate --config demo --weights WEIGHTS` uses the last.
-What makes lips learn in minutes: clean prediction with a clipped weight, ten times the weight on the lips, the portrait in
-every frame.
+START and TEXT_RUN are those of demo_vae and demo_text. The autoencoder that demo_vae goes on to train has START's latents,
+and may take its place in the end. `kavatar generate --config demo --weights WEIGHTS` uses the last.
+What makes lips learn soon: prediction of the clean latents with a clipped weight, as a change from the portrait, which is
+there in every frame, and ten times the weight on the lips.
 """
 
 from configs import demo

@@ -168,6 +168,8 @@ class SamplingConfig:
 
     shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler does
     text_scale, audio_scale: the two scales of three-branch guidance
+    guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
+    native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
     window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows
     fusion: weights over the overlap, "log" or "uniform"
     indexing: "exact" (every latent frame hears its own frames) or "released" (StableAvatar's slices)
@@ -184,11 +186,17 @@ class SamplingConfig:
     fusion: str
     indexing: str
     windows_per_batch: int
+    native: tuple[float, float] = (0.0, 0.0)
+    guided: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
         _one_of("sampling.fusion", self.fusion, ("log", "uniform"))
         _one_of("sampling.indexing", self.indexing, ("exact", "released"))
         _at_least("sampling.steps", self.steps, 1)
+        if len(self.native) != 2 or min(self.native) < 0:
+            raise ValueError(f"sampling.native is {self.native}; give two weights of at least 0, as in (1, 1)")
+        if len(self.guided) != 2 or not 0 <= self.guided[0] <= self.guided[1] <= 1:
+            raise ValueError(f"sampling.guided is {self.guided}; give two noise levels in [0, 1], as in (0.2, 0.9)")
         _at_least("sampling.windows_per_batch", self.windows_per_batch, 1)
         if self.window_frames < 5 or self.window_frames % 4 != 1:
             raise ValueError(

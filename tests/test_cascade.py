@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from kavatar_jax.cascade.keyframes import _best_path, pick_keyframes
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
 from kavatar_jax.cascade.weights import draw_untrained
 from kavatar_jax.config import set_fields
+from kavatar_jax.diffusion import guidance
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
@@ -105,6 +107,37 @@ def test_the_same_seed_gives_the_same_video(weights, config):
     one, two, other = (run(generate, make_request(config, 1.2, seed), weights, config) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
+
+
+def test_every_branch_of_native_guidance_hears_its_own(weights, config):
+    conditions = encode(request := make_request(config, 1.0), direct(request), weights, config, silent)
+    windows, told, shared = tell_windows(conditions, weights, config)
+    x, told = draw_noise(0, windows, config)[:1], jax.tree.map(lambda leaf: leaf[:1], told)
+    run_branches = jax.jit(denoising.branch_velocities, static_argnums=(3, 4))
+
+    def velocities(branches, told=told):
+        return run_branches(weights.dit, 500.0, shared, config.dit, branches, x, told)[:, 0]
+
+    native = velocities(guidance.audio_native(1.0, 1.0))
+    (spoken,) = velocities(guidance.text_and_audio(1.0, 1.0))
+    (without,) = velocities(guidance.text_and_audio(1.0, 1.0), told._replace(speech=jnp.zeros_like(told.speech)))
+    (deaf,) = velocities((guidance.Branch(positive=True, heard=False, weight=1.0),))
+    np.testing.assert_allclose(native, jnp.stack([spoken, without, deaf]), atol=1e-5)
+    assert np.abs(spoken - without).max() > 1e-3 < np.abs(without - deaf).max()
+
+
+def test_guidance_may_be_for_some_noise_levels_only(weights, config):
+    request = make_request(config, 1.0)
+    frames = {
+        fields: run(generate_in_one_pass, request, weights, set_fields(config, ["sampling.steps=3", *fields]))
+        for fields in [
+            ("sampling.guided=(0.0, 0.0)",), ("sampling.text_scale=1", "sampling.audio_scale=1"),
+            (), ("sampling.guided=(0.95, 1.0)",),
+        ]
+    }  # fmt: skip
+    never, plain, always, first = frames.values()
+    np.testing.assert_array_equal(never, plain)
+    assert (always != plain).any() and (first != plain).any() and (first != always).any()
 
 
 def test_one_program_serves_two_lengths(weights, config):

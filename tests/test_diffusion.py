@@ -88,6 +88,21 @@ def test_three_branches_combine_as_released():
     np.testing.assert_allclose(guidance.combine(stacked, branches), u + 5 * (a - u) + 3 * (p - a), rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.0), (0.0, 2.0), (1.0, 1.5)])
+def test_audio_native_guidance_samples_the_distribution_it_names(weights):
+    """p(x) p(speech | x)^w1 p(refined | x)^w2 of normals as wide as one another is a normal, whose mean is known."""
+    means = {(True, False): 1.5, (True, True): 0.7, (False, False): 0.2}  # what is heard: speech, no speech, nothing
+    branches = guidance.audio_native(*weights)
+    assert len(branches) == 1 + sum(weight > 0 for weight in weights) and all(branch.positive for branch in branches)
+    x = z = jnp.linspace(-2, 2, 9)
+    sigmas = sampling_sigmas(400, 1.0, double_shift=False)
+    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+        told = [gaussian_velocity(x, sigma, means[branch.heard, branch.silent]) for branch in branches]
+        x = euler(x, guidance.combine(jnp.stack(told), branches), sigma, below)
+    w1, w2 = weights
+    np.testing.assert_allclose(x, (1 + w1 + w2) * 1.5 - w1 * 0.7 - w2 * 0.2 + 0.3 * z, atol=0.01)
+
+
 def test_branches_that_weigh_nothing_are_not_run():
     assert [branch[:2] for branch in guidance.text_and_audio(1.0, 1.0)] == [(True, True)]
     assert len(guidance.text_and_audio(4.0, 4.0)) == 2

@@ -52,7 +52,6 @@ def denoise(
     config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
 ) -> np.ndarray:  # fmt: skip
     """Take noise (slots, T, h, w, C) to latents of the same shape on the host, overlaps fused; x is used up."""
-    branches = guidance.text_and_audio(sampling.text_scale, sampling.audio_scale)
     sigmas = sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift)
     first, later = step_weights(windows, sampling)
     mesh = current()
@@ -62,7 +61,7 @@ def denoise(
     for i in range(sampling.steps):
         x = step(
             params, x, sigmas[i], sigmas[i + 1], first if i == 0 else later, told, shared,
-            config=config, branches=branches, group=group, stride=windows.stride,
+            config=config, branches=guidance.branches_of(sampling, float(sigmas[i])), group=group, stride=windows.stride,
         )  # fmt: skip
         jax.block_until_ready(x)
         report(stage, i + 1, sampling.steps)
@@ -90,7 +89,9 @@ def step(
 def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
     """Velocities (branches, G, T, h, w, C) of a group of windows; windows and their branches are one batch."""
     G, n = x.shape[0], len(branches)
-    positive, heard = (jnp.asarray([branch[i] for branch in branches]) for i in range(2))
+    positive = jnp.asarray([branch.positive for branch in branches])
+    heard = jnp.asarray([branch.heard for branch in branches])
+    silent = np.array([branch.silent for branch in branches])
     text = jnp.where(positive, told.prompt[:, None], told.negative[:, None]).reshape(-1)
 
     def per_branch(leaf):
@@ -99,13 +100,16 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
     def for_all(leaf):
         return None if leaf is None else jnp.broadcast_to(leaf, (G * n, *leaf.shape[1:]))
 
+    speech = per_branch(told.speech)
+    if silent.any():
+        speech = jnp.where(np.tile(silent, G)[:, None, None], 0, speech)
     inputs = Inputs(
         latents=per_branch(x),
         timestep=jnp.broadcast_to(timestep, (G * n,)),
         text=shared.text[text],
         condition=per_branch(shared.condition[told.view]),
         image=for_all(shared.image),
-        speech=per_branch(told.speech),
+        speech=speech,
         slices=per_branch(told.slices),
         heard=jnp.tile(heard, G),
         director=for_all(shared.director),

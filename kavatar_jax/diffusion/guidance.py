@@ -7,13 +7,29 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from kavatar_jax.config import SamplingConfig
+
 
 class Branch(NamedTuple):
-    """What one forward pass is told. positive: the prompt, else the negative prompt; heard: the refined audio reaches it."""
+    """What one forward pass is told. positive: the prompt, else the negative prompt; heard: the refined audio reaches it;
+    silent: that audio is refined from features that are zero, as where speech is dropped in training."""
 
     positive: bool
     heard: bool
     weight: float
+    silent: bool = False
+
+
+def branches_of(sampling: SamplingConfig, sigma: float = 1.0) -> tuple[Branch, ...]:
+    """The rule that a run's config asks for at a noise level.
+
+    Limits of the levels at which there is guidance: Kynkaanniemi et al., arXiv 2404.07724.
+    """
+    if not sampling.guided[0] <= sigma <= sampling.guided[1]:
+        return text_and_audio(1.0, 1.0)
+    if any(sampling.native):
+        return audio_native(*sampling.native)
+    return text_and_audio(sampling.text_scale, sampling.audio_scale)
 
 
 def text_and_audio(text_scale: float, audio_scale: float) -> tuple[Branch, ...]:
@@ -25,6 +41,21 @@ def text_and_audio(text_scale: float, audio_scale: float) -> tuple[Branch, ...]:
         Branch(positive=False, heard=False, weight=1 - audio_scale),
         Branch(positive=False, heard=True, weight=audio_scale - text_scale),
         Branch(positive=True, heard=True, weight=text_scale),
+    )
+    return tuple(branch for branch in branches if branch.weight != 0)
+
+
+def audio_native(speech_weight: float, refined_weight: float) -> tuple[Branch, ...]:
+    """Audio native guidance: v = (1 + w1 + w2) V - w1 S - w2 N, in which the prompt is always read.
+
+    V hears the speech; S the adapter's rendering of no speech, as the joint distribution of video and refined audio without
+    its condition; N no refined audio at all. Source: StableAvatar, arXiv 2508.08248, section 3.2, which gives no weights and
+    whose release does not have it: what stands for the two absences is our reading.
+    """
+    branches = (
+        Branch(positive=True, heard=True, weight=1 + speech_weight + refined_weight),
+        Branch(positive=True, heard=True, weight=-speech_weight, silent=True),
+        Branch(positive=True, heard=False, weight=-refined_weight),
     )
     return tuple(branch for branch in branches if branch.weight != 0)
 

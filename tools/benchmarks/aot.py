@@ -92,7 +92,7 @@ def _trace(weights: Params, config: Config, windows: int):
     sigma = jax.ShapeDtypeStruct((), np.float32)
     return step.trace(
         params, given(batch, W, *latent, net.out_channels), sigma, sigma, given(everywhere, W, T), told, shared,
-        config=net, branches=guidance.text_and_audio(sampling.text_scale, sampling.audio_scale), group=group,
+        config=net, branches=guidance.branches_of(sampling), group=group,
         stride=T - sampling.overlap,
     )  # fmt: skip
 

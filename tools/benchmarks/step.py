@@ -176,7 +176,7 @@ def _recall(video: Video, window: int):
 
 
 def _branches(config: Config) -> tuple[guidance.Branch, ...]:
-    return guidance.text_and_audio(config.sampling.text_scale, config.sampling.audio_scale)
+    return guidance.branches_of(config.sampling)
 
 
 _velocity = jax.jit(denoise.branch_velocities, static_argnums=(3, 4))
