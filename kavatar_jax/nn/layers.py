@@ -4,6 +4,7 @@ Products accumulate in float32 whatever they are computed in; statistics of norm
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -63,7 +64,7 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
-def matmul(x, kernel, dtype):
+def matmul(x, kernel, dtype) -> Any:
     """x (..., in) by kernel (in, out) in `dtype`, accumulated and returned in float32; gradients likewise."""
     return _product(x, kernel, jnp.dtype(dtype))
 
