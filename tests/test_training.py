@@ -75,6 +75,20 @@ def test_clean_prediction_with_a_clipped_weight_is_an_error_of_clean_latents():
     np.testing.assert_allclose(weighted, np.square(guess - clean) / np.maximum(sigma, 0.4) ** 2, rtol=1e-3, atol=1e-4)
 
 
+def test_channels_weigh_as_told_against_one_another():
+    rng = np.random.default_rng(0)
+    predicted, target = rng.standard_normal((2, 2, 3, 4, 4, 3)).astype(np.float32)
+    ones, goal = np.ones((2, 3, 4, 4), np.float32), ObjectiveConfig(motion="none")
+    told = replace(goal, channels=(1.0, 2.0, 9.0))  # of which the mean is 4
+    each = np.square(predicted - target).mean(axis=(1, 2, 3))
+    found = objective.velocity_loss(predicted, target, ones, told)
+    np.testing.assert_allclose(found, (each * [0.25, 0.5, 2.25]).mean(axis=-1), rtol=1e-5)
+    alike = objective.velocity_loss(predicted, target, ones, replace(goal, channels=(7.0,) * 3))
+    np.testing.assert_allclose(alike, objective.velocity_loss(predicted, target, ones, goal), rtol=1e-6)
+    with pytest.raises(ValueError, match="16 latent"):
+        replace(train_tiny.config(), objective=told)
+
+
 def test_mask_weights():
     face, lip = jnp.full((4, 1, 1, 1), 0.5), jnp.full((4, 1, 1, 1), 0.25)
     gamma = jnp.float32([0.39, 0.4, 0.5, 0.99])

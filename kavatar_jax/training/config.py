@@ -101,6 +101,7 @@ class ObjectiveConfig:
 
     posterior: latents are its "mode", a "sample", or a "released" sample (noise not divided by the latent statistics)
     timesteps: "uniform" or "logit_normal" (mean, std), then moved by `shift`; stratified: one slice of the range each
+    channels: what errors of each latent channel weigh against one another, () for all alike
     least_sigma: errors of the velocity are weighted by (sigma / max(sigma, least_sigma))^2; 0 for no weight
     weighting: "piecewise" is StableAvatar's random use of the masks; lip_weight: of the loss inside the lip mask
     masks: to latent size "released" (trilinear, evenly in time) or "grouped" (mean over the pixels of each latent)
@@ -116,6 +117,7 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     stratified: bool = True
     least_sigma: float = 0.0
+    channels: tuple[float, ...] = ()
     weighting: str = "piecewise"
     lip_weight: float = 1.0
     masks: str = "grouped"
@@ -134,6 +136,8 @@ class ObjectiveConfig:
         _one_of("objective.masks", self.masks, ("released", "grouped"))
         _one_of("objective.motion", self.motion, ("frames", "channels", "none"))
         _one_of("objective.silence", self.silence, ("features", "tokens"))
+        if self.channels and min(self.channels) <= 0:
+            raise ValueError(f"objective.channels are weights above 0, and one is {min(self.channels)}")
         for name in ("motion_weight", "drop_audio", "drop_text", "drop_image", "clip_level", "least_sigma"):
             _share(f"objective.{name}", getattr(self, name))
         _positive("objective.lip_weight", self.lip_weight)
@@ -293,6 +297,11 @@ class TrainConfig:
             raise ValueError("the autoencoder learns from pixels; data.source must be 'puppets' or 'clips'")
         if (self.task == "text") != (self.data.source == "prompts"):
             raise ValueError("the task 'text' learns from the source 'prompts', and no other does")
+        if self.objective.channels and len(self.objective.channels) != self.model.dit.out_channels:
+            raise ValueError(
+                f"objective.channels are {len(self.objective.channels)}, and there are {self.model.dit.out_channels} latent "
+                "channels"
+            )
         for bucket in self.data.buckets:
             if bucket.batch % self.optimizer.accumulate:
                 raise ValueError(

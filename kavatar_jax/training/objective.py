@@ -112,6 +112,8 @@ def losses(
 def velocity_loss(predicted, target, weight_BTHW, config: ObjectiveConfig):
     """Weighted square error of (B, T, H, W, C) velocities, a mean over all elements, and the motion term: (B,)."""
     difference = predicted - target
+    if config.channels:
+        difference = difference * np.sqrt(np.float32(config.channels) / np.mean(config.channels))
     masked = jnp.mean(jnp.square(difference) * weight_BTHW[..., None], axis=(1, 2, 3, 4))
     if config.motion == "none":
         return masked
