@@ -8,7 +8,7 @@ REFERENCES ?= tests/golden
 
 demo: .venv/.ready
 	@mkdir -p out
-	$(RUN)/kavatar generate --out out/demo.mp4 --instruction "First she smiles, then she nods. Slow zoom in."
+	$(RUN)/kavatar generate --mode single --instruction "First she smiles, then she nods." --out out/demo.mp4
 
 test: .venv/.ready
 	$(RUN)/python -m pytest -m "not slow and not torch"

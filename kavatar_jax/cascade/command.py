@@ -31,7 +31,8 @@ from kavatar_jax.types import Request, Speech, Storyline
 
 MODES = ("cascade", "single")
 PUPPET, PUPPET_SECONDS = 7, 10.0  # who talks, and how long, where no portrait and no speech are given
-UNTRAINED_SEED = 0  # of the networks that stand in where no weights are given
+DEMO = Path(kavatar_jax.__file__).parent / "demo"  # the weights that come with the package
+UNTRAINED_SEED = 0  # of the networks that stand in where there are no weights for a config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def run(order: Order) -> None:
 
     started = time.perf_counter()
     with jax.set_mesh(make_mesh()), Display(console) as display:
-        weights, config = _open_weights(order, config, console)
+        weights = _open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
         write_video(order.out, video.images, fps=video.fps, speech=request.speech, seconds=video.frames / video.fps)
@@ -95,8 +96,9 @@ def read_order(order: Order) -> Config:
     fields += [f"fps={order.fps}"] if order.fps is not None else []
     fields += [f"sampling.steps={order.steps}"] if order.steps is not None else []
     config = set_fields(config, [*fields, *order.fields])
-    if order.weights is not None:
-        config = read_configs(order.weights, config)
+    folder = find_weights(order, config)
+    if folder is not None:
+        config = read_configs(folder, config)
     check_writable(order.out)
     if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
         raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
@@ -124,15 +126,38 @@ def read_plan(order: Order, request: Request) -> Storyline:
     return check(read_storyline(order.storyline), request.speech.seconds)
 
 
+def find_weights(order: Order, config: Config) -> Path | None:
+    """The weights directory of an order: the one given, else the package's own, which fit the config "demo" alone."""
+    return DEMO if order.weights is None and config.name == "demo" else order.weights
+
+
 def sidecar_path(out: Path) -> Path:
     return out.with_suffix(".json")
 
 
-def _open_weights(order: Order, config: Config, console: Console) -> tuple[Weights, Config]:
-    if order.weights is not None:
-        return load_weights(order.weights, config), config
-    console.print("no --weights: untrained demo networks, so the video shows noise, not a face")
-    return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer()), config
+def _open_weights(order: Order, config: Config, console: Console) -> Weights:
+    folder = find_weights(order, config)
+    if folder is None:
+        console.print(
+            f"no --weights: untrained networks of {config.name}'s sizes, so the video shows noise, not a face"
+        )
+        return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
+    if folder == DEMO:
+        _warn_of_demo(order, config, console)
+    return load_weights(folder, config)
+
+
+def _warn_of_demo(order: Order, config: Config, console: Console) -> None:
+    known = load_config("demo")
+    if order.portrait is not None:
+        console.print(
+            f"the demo weights know drawn puppets only, so {order.portrait} will not look like itself unless it is one; for "
+            "people convert StableAvatar's released weights with tools/convert_checkpoint.py and give --weights"
+        )
+    if (config.width, config.height) != (known.width, known.height):
+        console.print(
+            f"the demo weights know {known.width}x{known.height} only; at {config.width}x{config.height} they will do badly"
+        )
 
 
 def _draw(order: Order, request: Request, plan: Storyline, weights: Weights, config: Config, report):
