@@ -5,8 +5,8 @@
     kavatar train --config demo_vae --set weights=START --out RUN
     python tools/gate.py RUN/weights
 
-It begins as the best linear autoencoder, which stays; the decoder beside it then learns what is not linear, away from the
-edges of cells above all. The latents are the first's for good, so a transformer may be trained on them meanwhile.
+It begins as the best linear autoencoder, which stays; the decoder beside it may then learn what is not linear. The latents
+are the first's for good, so a transformer may be trained on them meanwhile.
 Pictures, clips and close-ups of mouths in turn: pictures teach the many looks cheaply, clips the motion, close-ups four
 mouths for the price of one.
 """

@@ -81,6 +81,9 @@ def test_how_parameters_lie_on_a_mesh(tmp_path, capsys):
     assert f"{2 * 64 * 64 * 4 / 8 / 2**20:.3f} MiB" in rows["blocks/attn/q/kernel"]
     code, said = run(capsys, tmp_path / "text", "--mesh", 1, 2, 1, 4)
     assert code == 2 and "weights directory" in said
+    save_file({"embedding": np.zeros((3, 4), np.float32)}, tmp_path / "text" / "model.safetensors")
+    code, said = run(capsys, tmp_path, "--mesh", 1, 2, 1, 4)
+    assert code == 2 and "config.json describes" in said
 
 
 def test_mistakes(folder, capsys):

@@ -69,7 +69,7 @@ def main(words: list[str] | None = None) -> int:
             found = list(differences(groups, open_checkpoint(arguments.other), pattern))
             console.print(_difference_table(found) if found else "no difference")
             return 1 if found else 0
-        places = lay_out(arguments.path, arguments.mesh) if arguments.mesh else {}
+        places = lay_out(arguments.path, groups, arguments.mesh) if arguments.mesh else {}
         if not arguments.summary:
             for table in _tensor_tables(groups, places, pattern):
                 console.print(table)
@@ -123,7 +123,7 @@ def differences(groups: dict[str, Tensors], others: dict[str, Tensors], pattern:
             yield Difference(name, what, largest, math.sqrt(total / square) if square else math.inf if total else 0.0)
 
 
-def lay_out(path: Path, sizes: list[int]) -> dict[str, dict[str, NamedSharding]]:
+def lay_out(path: Path, groups: dict[str, Tensors], sizes: list[int]) -> dict[str, dict[str, NamedSharding]]:
     """Where every parameter of our weights directory would lie on a mesh of these sizes, by component and name."""
     if not all(size > 0 for size in sizes):
         raise ValueError(f"--mesh {' '.join(map(str, sizes))}: sizes are above 0")
@@ -132,17 +132,18 @@ def lay_out(path: Path, sizes: list[int]) -> dict[str, dict[str, NamedSharding]]
     for name, component in COMPONENTS.items():
         if (path / name / "config.json").is_file():
             config = read_config(path / name, *component.kinds)
-            placed = partition(abstract(name, config), model_of(name, config).AXES, mesh)
-            found[name] = flatten(placed)
+            wanted = abstract(name, config)
+            shapes = {key: leaf.shape for key, leaf in flatten(wanted).items()}
+            if shapes != (groups[name].shapes if name in groups else {}):
+                raise ValueError(f"the tensors of {path / name} are not those that its config.json describes")
+            found[name] = flatten(partition(wanted, model_of(name, config).AXES, mesh))
     if not found:
         raise ValueError(f"--mesh needs our own weights directory, and {path} is none; convert it first")
     return found
 
 
 def _by_name(groups: dict[str, Tensors], pattern: re.Pattern) -> dict[str, tuple[Tensors, str]]:
-    names = (
-        (f"{folder}/{key}".removeprefix("./"), tensors, key) for folder, tensors in groups.items() for key in tensors
-    )
+    names = ((_full(folder, key), tensors, key) for folder, tensors in groups.items() for key in tensors)
     return {name: (tensors, key) for name, tensors, key in names if pattern.search(name)}
 
 
@@ -171,7 +172,7 @@ def _tensor_tables(groups, places, pattern: re.Pattern) -> Iterator[Table]:
             table.add_column("on the mesh")
             table.add_column("a device holds")
         for key in tensors:
-            if not pattern.search(f"{folder}/{key}".removeprefix("./")):
+            if not pattern.search(_full(folder, key)):
                 continue
             numbers = measure(tensors[key])
             flag = f" [red]{numbers.broken} NaN or Inf" if numbers.broken else ""
@@ -210,6 +211,10 @@ def _difference_table(found: list[Difference]) -> Table:
         numbers = ["" if math.isnan(x) and one.what != "numbers" else f"{x:.3g}" for x in (one.largest, one.relative)]
         table.add_row(one.name, one.what, *numbers)
     return table
+
+
+def _full(folder: str, key: str) -> str:
+    return key if folder == "." else f"{folder}/{key}"
 
 
 def _pattern(text: str) -> re.Pattern:

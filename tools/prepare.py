@@ -12,9 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kavatar_jax.config import load_config, set_fields
 from kavatar_jax.console import Display
-from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.config import load_training
 from kavatar_jax.training.prepare import prepare
 
 
@@ -26,11 +25,7 @@ def main() -> int:
     parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: data.seed=1")
     arguments = parser.parse_args()
     try:
-        config = set_fields(load_config(arguments.config), arguments.fields)
-        if not isinstance(config, TrainConfig):
-            raise ValueError(
-                f"{arguments.config} describes no training run; configs/train_tiny.py and its neighbours do"
-            )
+        config = load_training(arguments.config, arguments.fields)
         with Display(Console(stderr=True)) as display:
             prepare(config, arguments.out, count=arguments.count, report=display)
     except ValueError as error:

@@ -13,9 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from kavatar_jax.checkpoint.weights import save_component
-from kavatar_jax.config import load_config, set_fields
 from kavatar_jax.console import Display
-from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.config import load_training
 from kavatar_jax.training.data import Records
 from kavatar_jax.training.principal import principal_autoencoder
 
@@ -31,8 +30,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: data.seed=1")
     arguments = parser.parse_args(words)
     try:
-        config = set_fields(load_config(arguments.config), arguments.fields)
-        if not isinstance(config, TrainConfig) or config.task != "vae":
+        config = load_training(arguments.config, arguments.fields)
+        if config.task != "vae":
             raise ValueError(f"{arguments.config} does not train an autoencoder; configs/demo_vae.py does")
         if arguments.clips < 1:
             raise ValueError(f"--clips is {arguments.clips}; it must be at least 1")

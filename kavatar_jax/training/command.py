@@ -7,9 +7,8 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from kavatar_jax.config import load_config, set_fields
 from kavatar_jax.console import keep_compiled_programs
-from kavatar_jax.training.config import TrainConfig
+from kavatar_jax.training.config import load_training
 from kavatar_jax.training.loop import train
 
 
@@ -19,9 +18,7 @@ def run(*, config: str, out: Path, resume: bool = False, fields: tuple[str, ...]
     config: a name in configs/, NAME:VARIANT, or a file; out: where everything goes; resume: go on from the newest
     checkpoint there, if there is one; fields: "optimizer.learning_rate=1e-4", ...
     """
-    wanted = set_fields(load_config(config), list(fields))
-    if not isinstance(wanted, TrainConfig):
-        raise ValueError(f"--config {config} describes no training run; configs/train_tiny.py and its neighbours do")
+    wanted = load_training(config, list(fields))
     keep_compiled_programs()
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

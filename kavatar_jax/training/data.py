@@ -119,7 +119,8 @@ class Records:
 
     def take(self, serial: int, rng: np.random.Generator) -> dict[str, Any]:
         record = self._source.record(int(self._order[serial]), rng)
-        return record if self._bucket.closeup == 1 else close_up(record, self._bucket, rng)
+        whole = self._bucket.closeup > 1 and "video" in record  # prepared ones have been cut already
+        return close_up(record, self._bucket, rng) if whole else record
 
 
 class _Batches:

@@ -25,8 +25,9 @@ def see(params: Params, pixels_BHWC, model: Config, *, lora: Params | None = Non
 
 def listen(params: Params, samples_BS, model: Config, *, lora: Params | None = None):
     """Normalised recordings of equal length -> (B, L, D)."""
-    own, branches = _variables("speech", params, lora).values()
-    return model_of("speech", model.speech).listen(own, samples_BS, model.speech, lora=branches)
+    variables = _variables("speech", params, lora)
+    encoder = model_of("speech", model.speech)
+    return encoder.listen(variables["params"], samples_BS, model.speech, lora=variables["lora"])
 
 
 def _variables(component: str, params: Params, lora: Params | None) -> dict[str, Params]:
