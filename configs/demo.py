@@ -8,11 +8,11 @@ from kavatar_jax.config import (
     CLIPConfig,
     Config,
     DiTConfig,
-    LogMelConfig,
     SamplingConfig,
     UMT5Config,
     VAEConfig,
     Wav2Vec2Config,
+    WhisperConfig,
 )
 from kavatar_jax.models.vae import LATENT_MEAN, LATENT_STD
 
@@ -38,7 +38,7 @@ def config() -> Config:
             predicts="change",
             reference="every",
             remat="none",
-            audio=AudioAdapterConfig(speech_width=208, projection=(192,), heads=3, mlp=384, layers=2),
+            audio=AudioAdapterConfig(speech_width=96, projection=(192,), heads=3, mlp=384, layers=2),
         ),
         vae=VAEConfig(
             width=16,
@@ -53,7 +53,7 @@ def config() -> Config:
         ),
         text=UMT5Config(vocabulary=260, width=64, heads=4, head_width=16, mlp=128, layers=2),
         image=CLIPConfig(width=64, heads=4, layers=3, mlp=256, image_size=224, patch=14, embedding=32),
-        speech=LogMelConfig(bands=40, context=2, periods=(8, 16, 32, 64)),
+        speech=WhisperConfig(width=96, heads=3, layers=3, mlp=384, bands=40, positions=128, filled=False),
         negative_prompt="blurry, distorted",
         sampling=SamplingConfig(
             steps=8,

@@ -48,7 +48,7 @@ def config() -> TrainConfig:
         trained=TrainedConfig(patterns=EVERYTHING),
         objective=ObjectiveConfig(
             posterior="mode",
-            shift=1.0,
+            shift=model.sampling.shift,  # noise as sampling meets it: it decides about mouths while there is much
             least_sigma=0.4,
             weighting="none",
             lip_weight=10.0,

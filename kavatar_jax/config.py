@@ -146,6 +146,22 @@ class Wav2Vec2Config:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WhisperConfig:
+    """Whisper's encoder. bands: of the log-mel energies; positions: of 20 ms each that it knows; filled: whether every
+    recording is filled up with silence to all of them, as the published models were trained."""
+
+    width: int
+    heads: int
+    layers: int
+    mlp: int
+    bands: int = 80
+    positions: int = 1500
+    filled: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogMelConfig:
     """Log-mel energies in place of a speech encoder. bands: energies per vector; context: neighbours on either side that
     it holds too; periods: of the sinusoids that say where it stands, in vectors."""
@@ -159,7 +175,7 @@ class LogMelConfig:
         return self.bands * (2 * self.context + 1) + 2 * len(self.periods)
 
 
-SpeechConfig = Wav2Vec2Config | LogMelConfig
+SpeechConfig = Wav2Vec2Config | WhisperConfig | LogMelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The three encoders beside transformers' own, with the same random weights."""
+"""The encoders beside transformers' own, with the same random weights."""
 
 import re
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kavatar_jax.checkpoint.bridge import to_kavatar, unflatten
-from kavatar_jax.models import clip, umt5, wav2vec2
+from kavatar_jax.models import clip, umt5, wav2vec2, whisper
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -139,3 +139,36 @@ def test_wav2vec2(kind, taps):
     assert len(theirs.hidden_states) == len(ours.hidden) == 4
     assert_close(ours.hidden[:-1], torch.stack(theirs.hidden_states[:-1]))
     assert ours.last.shape[1] == wav2vec2.token_count(9000, config)
+
+
+@pytest.mark.parametrize("bands, prefixed", [(80, False), (24, True)])
+def test_whisper(bands, prefixed):
+    described = transformers.WhisperConfig(
+        d_model=48,
+        encoder_layers=3,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=80,
+        num_mel_bins=bands,
+        max_source_positions=150,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        vocab_size=60,
+        pad_token_id=0,
+    )
+    network, weights = weights_of(transformers.WhisperForConditionalGeneration(described), 3)
+    if not prefixed:
+        weights = {key.removeprefix("model.encoder."): x for key, x in weights.items() if "encoder." in key}
+    config = whisper.config_of({key: x.shape for key, x in weights.items()}, described.to_dict())
+    assert (config.bands, config.positions, config.layers, config.heads) == (bands, 150, 3, 4)
+    samples = 0.1 * np.random.default_rng(3).standard_normal((2, 30000)).astype(np.float32)
+    samples[1] *= np.linspace(0, 1, 30000) ** 4
+    extractor = transformers.WhisperFeatureExtractor(feature_size=bands, chunk_length=3)
+    energies = extractor(list(samples), sampling_rate=16000, return_tensors="pt").input_features
+    theirs = network.model.encoder(energies).last_hidden_state
+    ours = jax.jit(lambda params: whisper.listen(params, samples, config))(params_of(whisper, config, weights))
+    assert ours.shape[1] == whisper.token_count(30000, config) == 93
+    assert_close(ours, theirs[:, :93])
+    silent = whisper.log_mel(np.pad(samples, ((0, 0), (0, 18000))), bands)
+    assert_close(silent.swapaxes(1, 2), energies)
+    with pytest.raises(ValueError, match="3.0 s; use shorter windows"):
+        whisper.listen({}, np.zeros((1, 48320), np.float32), config)

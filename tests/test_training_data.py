@@ -1,4 +1,4 @@
-"""The data: batches that a number names, on any mesh; puppets, prompts and folders of clips; the text encoder's task."""
+"""The data: batches that a number names, on any mesh; puppets, prompts, voices and folders of clips; the encoders' tasks."""
 
 import json
 import shutil
@@ -6,16 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import train_tiny
+from kavatar_jax.config import WhisperConfig
 from kavatar_jax.media.video import write_video
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding
 from kavatar_jax.puppets.performance import CAMERAS
-from kavatar_jax.training import data, loop
+from kavatar_jax.puppets.records import Records, RecordsConfig
+from kavatar_jax.puppets.state import column
+from kavatar_jax.training import data, hearing, loop
 from kavatar_jax.training.config import (
     Bucket,
     CheckpointConfig,
@@ -26,7 +30,7 @@ from kavatar_jax.training.config import (
     TrainedConfig,
 )
 from kavatar_jax.training.prepared import views_of
-from kavatar_jax.training.sources import MEANINGS, open_source
+from kavatar_jax.training.sources import MEANINGS, STRETCHES, open_source
 from tests.puppet_batches import OTHER_SIZES, PUPPETS, SIZES, puppet_row, take
 
 
@@ -96,6 +100,57 @@ def test_the_text_encoder_learns_to_read(tmp_path):
     wrong = replace(config, trained=TrainedConfig(patterns=(r"vae/.*",)))
     with pytest.raises(ValueError, match="text encoder alone"):
         loop.train(wrong, tmp_path / "wrong", resume=False)
+
+
+def test_voices_come_with_their_mouths():
+    bucket = Bucket(width=32, height=32, frames=33, batch=4)
+    config = DataConfig(source="voices", buckets=(bucket,), driven=0.5)
+    source = open_source(config, bucket, 25)
+    whole = Records(RecordsConfig(frames=33 * STRETCHES, driven=0.5)).perform(1)
+    parts = [source.record(STRETCHES + i, None) for i in range(STRETCHES)]
+    np.testing.assert_array_equal(np.concatenate([part["samples"] for part in parts]), whole.sound)
+    mouth = np.concatenate([part["mouth"] for part in parts])
+    np.testing.assert_array_equal(mouth[:, 0], column(whole.state, "mouth_open"))
+    np.testing.assert_array_equal(mouth[:, 1], column(whole.state, "mouth_width"))
+
+
+def test_answers_of_a_speech_encoder_are_held_against_their_frames(monkeypatch):
+    """An encoder that knows everything has no error; one that answers a frame late errs."""
+    mouth = np.random.default_rng(0).normal(size=(2, 9, 2)).astype(np.float32)
+    padded = np.pad((mouth - hearing.TYPICAL) / hearing.SPREAD, ((0, 0), (2, 3), (0, 0)))
+    all_known = np.concatenate([padded[:, i : i + 10] for i in range(5)], axis=2)  # (2, 10, 10)
+
+    def answer(late):
+        told = np.repeat(all_known[:, late : late + 9], 2, axis=1)
+        monkeypatch.setattr(hearing.encoders, "listen", lambda params, samples, model: jnp.asarray(told))
+        return hearing.losses({}, hearing.Voices(samples=None, mouth=mouth), None)
+
+    assert max(np.abs(value).max() for value in answer(0).values()) < 1e-9
+    assert min(answer(1)["loss"]) > 1 and min(answer(1)["opening"]) > 1
+
+
+def test_the_speech_encoder_learns_to_hear(tmp_path):
+    encoder = WhisperConfig(width=32, heads=2, layers=1, mlp=64, bands=20, positions=48, filled=False)
+    config = TrainConfig(
+        name="hears",
+        model=replace(train_tiny.model(), speech=encoder),
+        task="speech",
+        steps=30,
+        data=DataConfig(source="voices", buckets=(Bucket(width=32, height=32, frames=21, batch=16),), driven=0.5),
+        trained=TrainedConfig(patterns=(r"speech/.*",)),
+        optimizer=OptimizerConfig(kind="muon", learning_rate=5e-3, warmup=5),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=1),
+    )
+    assert loop.train(config, tmp_path, resume=False) == 30
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert np.mean([line["opening"] for line in lines[-5:]]) < 0.8 * np.mean([line["opening"] for line in lines[5:10]])
+    assert (tmp_path / "weights" / "speech" / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="'speech' learns from the source 'voices'"):
+        replace(config, data=PUPPETS)
+    narrow = replace(config, model=replace(config.model, speech=replace(encoder, width=8)))
+    with pytest.raises(ValueError, match="10 answers need"):
+        loop.train(narrow, tmp_path / "narrow", resume=False)
 
 
 def test_a_process_loads_the_rows_of_its_own_devices():

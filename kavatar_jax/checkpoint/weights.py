@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any
@@ -75,16 +75,17 @@ def save_component(params: Params, config: Any, folder: Path) -> None:
         write_config(partial, config)
 
 
-def load_component(folder: Path, abstract: Params, shardings: Params) -> Params:
+def load_component(folder: Path, abstract: Params, shardings: Params, *, unread: Iterable[str] = ()) -> Params:
     """The component's parameters as `abstract` wants them (shape, dtype), each device reading its own part of the file.
 
+    unread: tensors that the file may hold beside them.
     ValueError lists what is missing, left over or of another shape.
     """
     tensors = Tensors(folder / "model.safetensors")
     wanted, places = flatten(abstract), flatten(shardings)
     wrong = [f"{name} is {tensors.shapes[name]}, expected {tuple(leaf.shape)}" for name, leaf in wanted.items()
              if name in tensors and tensors.shapes[name] != tuple(leaf.shape)]  # fmt: skip
-    missing, left = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, left = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys() - set(unread))
     if missing or left or wrong:
         raise ValueError(f"{folder} does not fit its config.json: {Mismatch(missing, left, wrong)}; convert it again")
     return unflatten({name: _place(tensors, name, leaf, places[name]) for name, leaf in wanted.items()})

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 
 from kavatar_jax.checkpoint.weights import read_config
-from kavatar_jax.config import CLIPConfig, DiTConfig, LogMelConfig, UMT5Config, VAEConfig, Wav2Vec2Config
-from kavatar_jax.models import clip, dit, log_mel, umt5, vae, wav2vec2
+from kavatar_jax.config import CLIPConfig, DiTConfig, LogMelConfig, UMT5Config, VAEConfig, Wav2Vec2Config, WhisperConfig
+from kavatar_jax.models import clip, dit, log_mel, umt5, vae, wav2vec2, whisper
 from kavatar_jax.types import Params
 
 RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
@@ -38,7 +38,9 @@ COMPONENTS = {
     "vae": Component({VAEConfig: vae}, "the video autoencoder"),
     "text": Component({UMT5Config: umt5}, "the text encoder"),
     "image": Component({CLIPConfig: clip}, "the portrait encoder"),
-    "speech": Component({Wav2Vec2Config: wav2vec2, LogMelConfig: log_mel}, "the speech encoder"),
+    "speech": Component(
+        {Wav2Vec2Config: wav2vec2, WhisperConfig: whisper, LogMelConfig: log_mel}, "the speech encoder"
+    ),
 }
 
 

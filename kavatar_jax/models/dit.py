@@ -176,7 +176,7 @@ class CrossAttention(nn.Module):
         c = self.config
 
         def project(name, norm=None):
-            start = nn.initializers.zeros if name.endswith("audio") else nn.initializers.lecun_normal()
+            start = nn.initializers.zeros if name == "v_audio" else nn.initializers.lecun_normal()
             linear = Linear(c.width, c.dtype, c.param_dtype, init=start, name=name)
             scale = RMSNorm(1e-6, c.dtype, c.param_dtype, name=norm) if norm else lambda h: h
             return lambda source: scale(linear(source))
@@ -303,7 +303,10 @@ def rope(grid: tuple[int, ...], config: DiTConfig):
 
 
 def init(config: DiTConfig, key) -> Params:
-    """Fresh parameters; the audio keys and values of the blocks start at zero, so that speech changes nothing yet."""
+    """Fresh parameters; the audio values of the blocks start at zero, so that speech changes nothing yet.
+
+    StableAvatar's keys start at zero too, which changes no more, and hears the mean of a slice until they have grown.
+    """
     c, a = config, config.audio
     t, h, w = c.patch
 

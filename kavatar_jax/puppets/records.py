@@ -5,14 +5,15 @@ and resuming is exact. Voices and looks of the two splits never meet.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from kavatar_jax.puppets.articulation import mouth_shapes
 from kavatar_jax.puppets.drive import drive
-from kavatar_jax.puppets.identity import sample_identity
-from kavatar_jax.puppets.performance import perform, sample_script
+from kavatar_jax.puppets.identity import Identity, sample_identity
+from kavatar_jax.puppets.performance import Script, perform, sample_script
 from kavatar_jax.puppets.prompts import describe
 from kavatar_jax.puppets.room import record, sample_room
 from kavatar_jax.puppets.stage import render
@@ -51,6 +52,16 @@ class RecordsConfig:
             raise ValueError(f"identities is {self.identities}; it must be between 1 and {1 << 20}")
 
 
+class Performance(NamedTuple):
+    """A clip before its pictures. sound: (S,) float32; state: (F, K) float32; rng: of what is still to be chosen."""
+
+    identity: Identity
+    script: Script
+    sound: np.ndarray
+    state: np.ndarray
+    rng: np.random.Generator
+
+
 class Records:
     """A random-access source, as grain wants it. `records[i]` is a dict of
 
@@ -66,7 +77,8 @@ class Records:
     def __len__(self) -> int:
         return 1 << 31
 
-    def __getitem__(self, index: int) -> dict:
+    def perform(self, index: int) -> Performance:
+        """What is heard and done in a clip; most of a record's time goes into its pictures."""
         config = self.config
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} is not in 0..{len(self) - 1}")
@@ -93,6 +105,11 @@ class Records:
             first = margin * SAMPLE_RATE // config.fps
             mouth, sound = mouth[margin:-margin], sound[first:-first]
         state = perform(mouth, script, fps=config.fps, seed=seed, phones=phones)
+        return Performance(identity, script, sound, state, rng)
+
+    def __getitem__(self, index: int) -> dict:
+        config = self.config
+        identity, script, sound, state, rng = self.perform(index)
         footage = render(identity, state, height=config.height, width=config.width)
         return {
             "video": footage.video,

@@ -5,7 +5,8 @@ Patterns are regular expressions that must match a whole parameter path, "dit/bl
 
 from dataclasses import dataclass, field
 
-from kavatar_jax.config import Config, VAEConfig
+from kavatar_jax.config import Config, VAEConfig, load_config, set_fields
+from kavatar_jax.puppets.records import SPLITS
 
 EVERYTHING = (r"dit/.*",)
 RELEASED = (r"dit/blocks/.*", r"dit/audio/.*")  # what StableAvatar's scripts train
@@ -16,9 +17,8 @@ DIRECTOR = (r"dit/director/.*", r"dit/blocks/cross_attn/director_gate")
 TEXT_CROSS_ATTENTION = (r"dit/blocks/cross_attn/([qkvo]|norm_[qk])/.*", r"dit/text/.*")
 EVERY_LINEAR = (r"dit/(?!audio/|director/)(?!.*_audio/).*",)  # StableAvatar: every linear whose path names no audio
 
-TASKS = ("dit", "vae", "text")
-SOURCES = ("puppets", "clips", "prepared", "prompts")
-SPLITS = ("train", "held out")
+TASKS = ("dit", "vae", "text", "speech")
+SOURCES = ("puppets", "clips", "prepared", "prompts", "voices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ class Bucket:
 class DataConfig:
     """Where clips come from and what is shown of each.
 
-    source: "puppets", "clips" (folders as StableAvatar lays them out), "prepared" (latents on disk) or "prompts" (what
-    puppets are told, alone); folder: of clips and prepared ones; split: of puppets, "train" or "held out"
+    source: "puppets", "clips" (folders as StableAvatar lays them out), "prepared" (latents on disk), "prompts" (what
+    puppets are told, alone) or "voices" (what they say, and their mouths' shapes)
+    folder: of clips and prepared ones; split: of puppets, "train" or "held out"
     directed: puppets' prompts as the director would word them for each clip
     driven: how far puppets' mouths follow the sound alone; see puppets.records
     first_last: share of clips whose last frame is given as well as the first, both their own
@@ -269,8 +270,9 @@ class SamplesConfig:
 class TrainConfig:
     """A whole training run.
 
-    model: every network; task: which of them learns, "dit" (with encoders named in `trained`, if any), "vae" or "text"
-    weights: directory to start from, "" to start afresh; fresh: parameters that it does not hold and that start anew
+    model: every network; task: which of them learns, "dit" (with encoders named in `trained`, if any), "vae",
+        "text" or "speech"
+    weights: directory to start from, "" to start afresh; fresh: parameters that start anew, whether it holds them or not
     """
 
     name: str
@@ -295,8 +297,9 @@ class TrainConfig:
         _positive("steps", self.steps)
         if self.task == "vae" and self.data.source not in ("puppets", "clips"):
             raise ValueError("the autoencoder learns from pixels; data.source must be 'puppets' or 'clips'")
-        if (self.task == "text") != (self.data.source == "prompts"):
-            raise ValueError("the task 'text' learns from the source 'prompts', and no other does")
+        for task, source in (("text", "prompts"), ("speech", "voices")):
+            if (self.task == task) != (self.data.source == source):
+                raise ValueError(f"the task {task!r} learns from the source {source!r}, and no other does")
         if self.objective.channels and len(self.objective.channels) != self.model.dit.out_channels:
             raise ValueError(
                 f"objective.channels are {len(self.objective.channels)}, and there are {self.model.dit.out_channels} latent "
@@ -307,6 +310,14 @@ class TrainConfig:
                 raise ValueError(
                     f"a batch of {bucket.batch} cannot be cut into optimizer.accumulate = {self.optimizer.accumulate} parts"
                 )
+
+
+def load_training(name: str, fields: list[str]) -> TrainConfig:
+    """The run that a name in configs/, NAME:VARIANT, or a file describes, with fields replaced. ValueError if it is none."""
+    config = set_fields(load_config(name), fields)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{name} describes no training run; configs/train_tiny.py and its neighbours do")
+    return config
 
 
 def latent_size(frames: int, height: int, width: int, config: VAEConfig) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ A record of the sources "puppets" and "clips" is a dict:
     samples: (n,) float32, exactly F frames long       face, lip: (F, H, W) bool, or uint8 with 255 inside
     prompt: str                                        portrait: (H, W, 3) uint8, where there is one
     director: (L, D) float32, where there is one
+One of "voices" has a name, samples, and `mouth`, (F, 2) float32 opening and width.
 One of "prompts" has a name, a prompt and `meant`, (len(MEANINGS),) float32 of what the prompt asks for.
 One of "prepared" holds a row of every field of a Batch; see `prepared`.
 """
@@ -23,13 +24,15 @@ from kavatar_jax.media.video import read_frames
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.performance import ACTIONS, CAMERAS, sample_script
 from kavatar_jax.puppets.prompts import describe
-from kavatar_jax.puppets.records import SPLITS, Records, RecordsConfig
+from kavatar_jax.puppets.records import SPLITS, Performance, Records, RecordsConfig
+from kavatar_jax.puppets.state import column
 from kavatar_jax.puppets.voice import sample_voice, utter
 from kavatar_jax.training.config import Bucket, DataConfig
 from kavatar_jax.training.prepared import Prepared
 from kavatar_jax.types import SAMPLE_RATE, Request, Speech
 
 MEANINGS = ("smile", "neutral", "frown", *ACTIONS, *CAMERAS)
+STRETCHES = 4  # of one performance: what a voice is like and the sound around a clip are made once for all of them
 PROMPTS = 0x7E  # keeps the chances of prompts apart from those of records
 MASK_FOLDERS = {"face": "face_masks", "lip": "lip_masks"}
 
@@ -52,7 +55,7 @@ def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
         return ClipFolders(config, bucket, fps)
     if config.source == "prompts":
         return PuppetPrompts(config)
-    return Puppets(config, bucket, fps)
+    return {"puppets": Puppets, "voices": PuppetVoices}[config.source](config, bucket, fps)
 
 
 class Puppets:
@@ -91,6 +94,37 @@ class Puppets:
             "prompt": prompt,
             "portrait": record["portrait"],
         }
+
+
+class PuppetVoices:
+    """What puppets say and how their mouths move for it, in stretches of `frames`; STRETCHES of them follow each other."""
+
+    endless = True
+
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+        self._frames = bucket.frames
+        self._records = RecordsConfig(
+            seed=config.seed, split=config.split, frames=STRETCHES * bucket.frames, fps=fps, driven=config.driven
+        )
+        self._samples = bucket.frames * SAMPLE_RATE // fps
+
+    def __len__(self) -> int:
+        return 1 << 31
+
+    def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        number, part = divmod(index, STRETCHES)
+        told = _perform(self._records, number)
+        mouth = np.stack([column(told.state, name) for name in ("mouth_open", "mouth_width")], axis=1)
+        return {
+            "name": f"voice {index}",
+            "samples": told.sound[part * self._samples :][: self._samples],
+            "mouth": mouth[part * self._frames :][: self._frames],
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def _perform(config: RecordsConfig, index: int) -> Performance:
+    return Records(config).perform(index)
 
 
 class PuppetPrompts:

@@ -183,14 +183,14 @@ def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps
 
 
 def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
-    """One network's parameters on the mesh: from the weights directory, what it lacks on purpose drawn anew."""
+    """One network's parameters on the mesh: from the weights directory, what is to be fresh drawn anew."""
     part, wanted = getattr(config.model, name), flatten(abstract(name, getattr(config.model, name)))
     anew = [path for path in wanted if not config.weights or _matches(f"{name}/{path}", config.fresh)]
     flat, flat_places = {}, flatten(places)
     if len(anew) < len(wanted):
         stored = unflatten({path: leaf for path, leaf in wanted.items() if path not in anew})
         stored_places = unflatten({path: place for path, place in flat_places.items() if path not in anew})
-        flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places))
+        flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places, unread=anew))
     if anew:
         key = jax.random.fold_in(jax.random.key(config.seed), list(COMPONENTS).index(name))
         draw = jax.jit(lambda key: _pick(model_of(name, part).init(part, key), anew), out_shardings=_pick(places, anew))

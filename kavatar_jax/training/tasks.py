@@ -17,7 +17,7 @@ from kavatar_jax.media.text import ByteTokenizer, Tokenizer, load_tokenizer
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import batch_sharding, replicated
-from kavatar_jax.training import encoders, flops, objective, reading, reconstruction, sampling
+from kavatar_jax.training import encoders, flops, hearing, objective, reading, reconstruction, sampling
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
 from kavatar_jax.training.data import Clips, Loaded, Row, clip_row, footage_row
 from kavatar_jax.training.encode import encode
@@ -58,7 +58,7 @@ class Task(NamedTuple):
 
 
 def open_task(config: TrainConfig, mesh) -> Task:
-    return {"dit": dit_task, "vae": vae_task, "text": text_task}[config.task](config, mesh)
+    return {"dit": dit_task, "vae": vae_task, "text": text_task, "speech": speech_task}[config.task](config, mesh)
 
 
 def dit_task(config: TrainConfig, mesh) -> Task:
@@ -154,6 +154,37 @@ def text_task(config: TrainConfig, mesh) -> Task:
         losses=losses,
         perform=_nothing_to_see,
         work=lambda bucket, share: Work(length, 0.0),
+        settle=lambda whole, batches: model,
+    )
+
+
+def speech_task(config: TrainConfig, mesh) -> Task:
+    """The speech encoder, on voices and the mouths that belong to them."""
+    model = config.model
+    if learning(config) != {"speech"}:
+        raise ValueError(
+            f"the task 'speech' trains the speech encoder alone; trained.patterns is {config.trained.patterns}"
+        )
+    if model.speech.width < hearing.ANSWERS:
+        raise ValueError(f"speech.width is {model.speech.width}; {hearing.ANSWERS} answers need at least as much")
+
+    def losses(trained, frozen, voices, draws, clip_level):
+        return hearing.losses(join(trained, frozen["weights"])["params"], voices, model)
+
+    def work(bucket, share):
+        samples = round(bucket.frames * SAMPLE_RATE / model.fps)
+        return Work(model_of("speech", model.speech).token_count(samples, model.speech), 0.0)
+
+    return Task(
+        components=["speech"],
+        learning=frozenset({"speech"}),
+        row=functools.partial(hearing.voice_row, model=model),
+        prepare=lambda frozen: {"weights": frozen},
+        encode=lambda frozen, voices: voices,
+        draw=lambda key, voices: jax.numpy.zeros(len(voices.samples)),  # there is nothing random
+        losses=losses,
+        perform=_nothing_to_see,
+        work=work,
         settle=lambda whole, batches: model,
     )
 
