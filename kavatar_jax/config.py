@@ -15,13 +15,19 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AudioAdapterConfig:
-    """StableAvatar's timestep-aware audio adapter. projection: widths of its input linears, the last is the model's."""
+    """StableAvatar's timestep-aware audio adapter. projection: widths of its input linears, the last is the model's.
+
+    modulated: the timestep modulates it; looking: its blocks look at the latents. Without either, and without layers, it is
+    the paper's ablations.
+    """
 
     speech_width: int
     projection: tuple[int, ...]
     heads: int
     mlp: int
     layers: int
+    modulated: bool = True
+    looking: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +193,7 @@ class SamplingConfig:
     guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
     native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
     window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows
-    fusion: weights over the overlap, "log" or "uniform"
+    fusion: weights over the overlap, "log", "uniform", "fixed" halves, or "none": the later window laid over the earlier
     indexing: "exact" (every latent frame hears its own frames) or "released" (StableAvatar's slices)
     windows_per_batch: windows denoised together on each slot of the data axis
     """
@@ -206,7 +212,7 @@ class SamplingConfig:
     guided: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        _one_of("sampling.fusion", self.fusion, ("log", "uniform"))
+        _one_of("sampling.fusion", self.fusion, ("log", "uniform", "fixed", "none"))
         _one_of("sampling.indexing", self.indexing, ("exact", "released"))
         _at_least("sampling.steps", self.steps, 1)
         if len(self.native) != 2 or min(self.native) < 0:

@@ -111,7 +111,7 @@ def test_branches_that_weigh_nothing_are_not_run():
 @pytest.mark.parametrize("length, overlap", [(21, 5), (21, 10), (11, 2), (7, 5), (6, 4)])
 @pytest.mark.parametrize("total", [3, 21, 22, 40, 63])
 @pytest.mark.parametrize("short_end", [False, True])
-@pytest.mark.parametrize("scheme", ["log", "uniform"])
+@pytest.mark.parametrize("scheme", ["log", "uniform", "fixed", "none"])
 def test_fusion_equals_laying_windows_down_one_after_another(length, overlap, total, short_end, scheme):
     stride = length - overlap
     windows = Windows(total=total, length=length, stride=stride, slots=9 * 8, short_end=short_end)
@@ -123,7 +123,7 @@ def test_fusion_equals_laying_windows_down_one_after_another(length, overlap, to
     for k in range(windows.count):
         start, valid = windows.starts[k], windows.valid[k]
         mine = np.ones(valid)
-        if k:
+        if k and ramp is not None:
             mine[:overlap] = ramp[:valid]
         laid[start : start + valid] = (
             mine[:, None] * stepped[k, :valid] + (1 - mine[:, None]) * laid[start : start + valid]

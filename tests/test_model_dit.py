@@ -12,6 +12,7 @@ from conftest import GOLDEN
 from configs import demo
 from kavatar_jax.models import dit
 from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, slice_table
+from tools import ablations
 from tools.reference import dit as reference
 from tools.reference.synthetic_weights import Fixture
 
@@ -45,12 +46,14 @@ def test_a_weight_that_is_off_by_one_percent_is_noticed(monkeypatch):
 def tiny():
     config = demo.tiny().dit
     params = dit.init(config, jax.random.key(0))
-    # audio keys and values start at zero; random ones let the tests hear something
-    cross = params["blocks"]["cross_attn"]
-    for i, name in enumerate(("k_audio", "v_audio")):
-        kernel = cross[name]["kernel"]
-        cross[name]["kernel"] = 0.1 * jax.random.normal(jax.random.key(i), kernel.shape)
-    return config, params
+    return config, hearing(params)
+
+
+def hearing(params):
+    """Audio values start at zero; with random ones tests hear something."""
+    values = params["blocks"]["cross_attn"]["v_audio"]
+    values["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), values["kernel"].shape)
+    return params
 
 
 def make_inputs(config, **fields):
@@ -79,6 +82,39 @@ def velocity(config, params, inputs, **collections):
 @functools.partial(jax.jit, static_argnums=0)
 def apply(config, variables, inputs):
     return dit.DiT(config).apply(variables, inputs)
+
+
+def test_speech_changes_nothing_before_training():
+    config = demo.tiny().dit
+    params, inputs = dit.init(config, jax.random.key(0)), make_inputs(config)
+    assert np.abs(params["blocks"]["cross_attn"]["k_audio"]["kernel"]).max() > 0
+    deaf = inputs._replace(heard=jnp.zeros(2, bool))
+    np.testing.assert_array_equal(velocity(config, params, inputs), velocity(config, params, deaf))
+
+
+@pytest.mark.parametrize("name", list(ablations.ADAPTERS))
+def test_an_adapter_without_a_part_has_none_of_its_parameters(name):
+    """And still hears: time and latents change what it says only where that part is there."""
+    config = demo.tiny().dit
+    parts = ablations.ADAPTERS[name]
+    config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, **parts))
+    params = hearing(dit.init(config, jax.random.key(0)))
+    assert set(params["audio"]["blocks"] if "blocks" in params["audio"] else ()) == {
+        *(("modulation",) if name in ("whole", "no cross-attention") else ()),
+        *(("cross_norm", "norm_q", "norm_k", "q", "k", "v", "o") if name in ("whole", "no modulation") else ()),
+        *(("up", "down") if name != "no adapter" else ()),
+    }
+    inputs = make_inputs(config)
+
+    def tokens(**fields):
+        return np.asarray(apply(config, {"params": params}, inputs._replace(**fields)).context.audio)
+
+    def differs(**fields):
+        return np.abs(tokens(**fields) - tokens()).max() > 1e-4
+
+    assert differs(speech=-inputs.speech)
+    assert differs(timestep=inputs.timestep + 50) == parts.get("modulated", True)
+    assert differs(latents=-inputs.latents) == parts.get("looking", True)
 
 
 def test_an_untrained_director_changes_nothing(tiny):

@@ -112,7 +112,7 @@ def evaluate(arguments, config: Config, performers: dict[str, Performer], *, rep
         tables = SECTIONS[name](studio)
         for title, rows in tables.items():
             if title != "clips":
-                Console(width=150).print(_table(f"{name}: {title}", rows))
+                Console(width=150).print(table(f"{name}: {title}", rows))
         found[name] = {**tables, "seconds": round(time.perf_counter() - started, 1)}
         arguments.out.write_text(json.dumps(_plain(found), indent=1) + "\n")
     return found
@@ -243,7 +243,8 @@ def _recordings(folder: Path, count: int) -> list[Path]:
     return paths[:count]
 
 
-def _table(title: str, rows: list[dict]) -> Table:
+def table(title: str, rows: list[dict]) -> Table:
+    """Rows with the same keys, numbers to three places."""
     table = Table(*(name.replace("_", " ") for name in rows[0]), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))

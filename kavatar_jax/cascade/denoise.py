@@ -128,7 +128,7 @@ def group_size(count: int, sampling: SamplingConfig) -> int:
 def step_weights(windows: Windows, sampling: SamplingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Fusion weights of the first step and of all later ones; only the released sampler treats the first apart."""
     overlap = windows.length - windows.stride
-    later = fusion_weights(windows, overlap_ramp(overlap, sampling.fusion) if overlap else None)
+    later = fusion_weights(windows, overlap_ramp(overlap, sampling.fusion))
     return (fusion_weights(windows, None) if sampling.indexing == "released" else later), later
 
 

@@ -58,13 +58,16 @@ class Windows:
         return whole[: self.total]
 
 
-def overlap_ramp(overlap: int, scheme: str) -> np.ndarray:
+def overlap_ramp(overlap: int, scheme: str) -> np.ndarray | None:
     """Weight of the later window over the overlap, 0 at its first frame and 1 at its last: (overlap,).
 
-    "uniform" is linear; "log" is ln(1 + (e - 1) u), steeper at first.
+    "uniform" is linear; "log" is ln(1 + (e - 1) u), steeper at first; "fixed" is one half everywhere. None for "none", and
+    where nothing overlaps: nothing is blended.
     """
+    if scheme == "none" or not overlap:
+        return None
     u = np.arange(overlap) / (overlap - 1)
-    return {"uniform": u, "log": np.log1p((np.e - 1) * u)}[scheme]
+    return {"uniform": u, "log": np.log1p((np.e - 1) * u), "fixed": np.full(overlap, 0.5)}[scheme]
 
 
 def fusion_weights(windows: Windows, ramp: np.ndarray | None) -> np.ndarray:

@@ -40,11 +40,14 @@ class AudioAdapter(nn.Module):
         x_BTAD = gather_slices(x, slices_BTA)
         x_BTAD = constrain(x_BTAD, "batch", None, None, None)
 
-        blocks = stack(AdapterBlock, layers=a.layers, remat=c.remat, broadcast=2)(c, name="blocks")
-        x_BTAD, _ = blocks(x_BTAD, tokens_BTPD, modulation_B6D)
+        if a.layers:
+            blocks = stack(AdapterBlock, layers=a.layers, remat=c.remat, broadcast=2)(c, name="blocks")
+            x_BTAD, _ = blocks(x_BTAD, tokens_BTPD, modulation_B6D)
 
-        shift, scale = _modulation(self, "head_modulation", 2, c, time_BD[:, None])
-        x_BTAD = layer_norm(x_BTAD, 1e-6) * (1 + scale) + shift
+        x_BTAD = layer_norm(x_BTAD, 1e-6)
+        if a.modulated:
+            shift, scale = _modulation(self, "head_modulation", 2, c, time_BD[:, None])
+            x_BTAD = x_BTAD * (1 + scale) + shift
         return Linear(c.width, c.dtype, c.param_dtype, name="head")(x_BTAD).astype(jnp.float32)
 
 
@@ -57,21 +60,27 @@ class AdapterBlock(nn.Module):
     def __call__(self, x_BTAD, tokens_BTPD, modulation_B6D):
         c, a = self.config, self.config.audio
         assert a is not None
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(self, "modulation", 6, c, modulation_B6D)
+        shift_mlp, scale_mlp, gate_mlp = 0, 0, 1
+        if a.modulated:
+            shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(self, "modulation", 6, c, modulation_B6D)
+            x_BTAD = x_BTAD + (layer_norm(x_BTAD, 1e-6) * (1 + scale) + shift) * gate
+        if a.looking:
+            x_BTAD = x_BTAD + self._look(x_BTAD, tokens_BTPD)
 
-        x_BTAD = x_BTAD + (layer_norm(x_BTAD, 1e-6) * (1 + scale) + shift) * gate
+        h = (layer_norm(x_BTAD, 1e-6) * (1 + scale_mlp) + shift_mlp).astype(c.dtype)
+        h = gelu_tanh(Linear(a.mlp, c.dtype, c.param_dtype, name="up")(h))
+        return x_BTAD + Linear(c.width, c.dtype, c.param_dtype, name="down")(h) * gate_mlp, None
 
+    def _look(self, x_BTAD, tokens_BTPD):
+        c, a = self.config, self.config.audio
+        assert a is not None
         h = LayerNorm(1e-6, c.dtype, c.param_dtype, name="cross_norm")(x_BTAD)
         q = RMSNorm(1e-6, c.dtype, c.param_dtype, name="norm_q")(Linear(c.width, c.dtype, c.param_dtype, name="q")(h))
         k = Linear(c.width, c.dtype, c.param_dtype, name="k")(tokens_BTPD)
         k = RMSNorm(1e-6, c.dtype, c.param_dtype, name="norm_k")(k)
         v = Linear(c.width, c.dtype, c.param_dtype, name="v")(tokens_BTPD)
         h = attend_per_frame(q, k, v, heads=a.heads)
-        x_BTAD = x_BTAD + Linear(c.width, c.dtype, c.param_dtype, name="o")(h)
-
-        h = (layer_norm(x_BTAD, 1e-6) * (1 + scale_mlp) + shift_mlp).astype(c.dtype)
-        h = gelu_tanh(Linear(a.mlp, c.dtype, c.param_dtype, name="up")(h))
-        return x_BTAD + Linear(c.width, c.dtype, c.param_dtype, name="down")(h) * gate_mlp, None
+        return Linear(c.width, c.dtype, c.param_dtype, name="o")(h)
 
 
 def attend_per_frame(q_BTAD, k_BTPD, v_BTPD, *, heads: int, keys_BTP=None):

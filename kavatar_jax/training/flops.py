@@ -62,5 +62,6 @@ def _adapter(c: DiTConfig, S: int, T: int, heard: int, speech_tokens: int) -> fl
     d, A = c.width, heard * T
     widths = (c.audio.speech_width, *c.audio.projection)
     into = sum(2 * speech_tokens * a * b for a, b in zip(widths, widths[1:], strict=False))
-    block = 4 * A * d * d + 4 * S * d * d + 4 * A * (S // T) * d + 4 * A * d * c.audio.mlp
+    look = 4 * A * d * d + 4 * S * d * d + 4 * A * (S // T) * d if c.audio.looking else 0
+    block = look + 4 * A * d * c.audio.mlp
     return into + c.audio.layers * block + 2 * A * d * d
