@@ -17,7 +17,7 @@ from kavatar_jax.puppets.records import SPLITS, Records, RecordsConfig
 from kavatar_jax.puppets.stage import render
 from kavatar_jax.puppets.state import column
 from kavatar_jax.types import Video
-from tools import ablations, evaluate, scenes
+from tools import evaluate, scenes
 
 
 def reading(frames=9, **values):
