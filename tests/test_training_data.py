@@ -43,7 +43,7 @@ def test_a_batch_is_known_by_its_number():
     assert len({name for batch in first for name in batch.names}) == 24
     clips = first[0].clips
     assert clips.video.shape == (8, 5, 32, 32, 3) and clips.video.dtype == np.uint8
-    assert clips.samples.shape == (8, 5 * 640) and 0 < clips.last.sum() < 8
+    assert clips.samples.shape == (8, 5 * 640) and 0 < (clips.last > 0).sum() < 8
     np.testing.assert_array_equal(clips.reference, clips.video[:, 0])
     assert np.unique(clips.lip).tolist() == [0, 255]
 
@@ -54,7 +54,9 @@ def test_clips_between_two_frames_begin_with_their_own():
     assert views_of(replace(config, portrait=0.5)) == [(False, False), (True, False), (False, True)]
     clips = take(data.Loader(config, puppet_row(), 25, make_mesh(**SIZES)), 1)[0].clips
     own = (clips.reference == clips.video[:, 0]).all(axis=(1, 2, 3))
-    np.testing.assert_array_equal(own, clips.last)
+    np.testing.assert_array_equal(own, clips.last > 0)
+    drawn = {data.draw_last(np.random.default_rng(i), 33) for i in range(200)}
+    assert drawn == set(range(4, 33, 4)) and data.draw_last(np.random.default_rng(0), 1) == 0
 
 
 def test_puppets_prompts_as_the_director_words_them():

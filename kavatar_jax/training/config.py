@@ -60,7 +60,8 @@ class DataConfig:
     folder: of clips and prepared ones; split: of puppets, "train" or "held out"
     directed: puppets' prompts as the director would word them for each clip
     driven: how far puppets' mouths follow the sound alone; see puppets.records
-    first_last: share of clips whose last frame is given as well as the first, both their own
+    first_last: share of clips of which a later frame is given as well as the first, both their own: the end of any latent,
+    as sub-clips may be shorter than a window
     portrait: share of the others whose given first frame is the record's portrait, where it has one
     padding: share of clips with empty pixels around them, each side up to padding_most of the frame (Kling-Avatar, 2.4)
     whole_masks: clips without masks count as all face and all lips, as released; else they are an error

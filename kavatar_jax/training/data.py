@@ -28,7 +28,7 @@ class Clips(NamedTuple):
     """A batch of clips as they are recorded; a field that the model does not use is None.
 
     video: (B, F, H, W, 3) uint8; face, lip: (B, F, H, W) uint8, 255 inside
-    reference: (B, H, W, 3) uint8 given as first frame; last: (B,) bool, whether the last one is given too
+    reference: (B, H, W, 3) uint8 given as first frame; last: (B,) int32, the later frame that is given too, 0 for none
     ids: (B, L) tokens; samples: (B, n) normalised; pixels: (B, S, S, 3) for the image encoder; director: (B, L, D)
     """
 
@@ -43,7 +43,7 @@ class Clips(NamedTuple):
     director: Any | None = None
 
 
-Row = Callable[[dict[str, Any], bool, bool], Clips]
+Row = Callable[[dict[str, Any], bool, int], Clips]  # record, whether its portrait is given, `last` as in Clips
 
 
 class Loaded(NamedTuple):
@@ -59,7 +59,7 @@ class Loader:
     """Batches from `position` on, without end."""
 
     def __init__(self, config: DataConfig, row: Row, fps: int, mesh, *, position: int = 0):
-        """row: of (record, portrait, last); fps: frames a second of the model."""
+        """fps: frames a second of the model."""
         self.position, self._config = position, config
         self._sharding = batch_sharding(mesh)
         for bucket in config.buckets:
@@ -143,8 +143,9 @@ class _Batches:
     def _compose(self, serial: int):
         rng = np.random.default_rng([self._config.seed, self._number, serial])
         config, record = self._config, self._records.take(serial, rng)
-        portrait, last = bool(rng.random() < config.portrait), bool(rng.random() < config.first_last)
-        portrait = portrait and not last  # clips between two frames begin with their own
+        portrait, last = bool(rng.random() < config.portrait), 0
+        if rng.random() < config.first_last:
+            portrait, last = False, draw_last(rng, self._bucket.frames)  # clips between two frames begin with their own
         if "views" in record:
             return record["name"], _prepared_row(record, portrait, last)
         if rng.random() < config.padding:
@@ -152,7 +153,13 @@ class _Batches:
         return record["name"], self._row(record, portrait, last)
 
 
-def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Config, tokenizer: Tokenizer) -> Clips:
+def draw_last(rng: np.random.Generator, frames: int) -> int:
+    """A frame to be given beside the first: the last of any later latent; 0 in a clip of one."""
+    latents = (frames - 1) // 4
+    return 4 * int(rng.integers(1, latents + 1)) if latents else 0
+
+
+def clip_row(record: dict[str, Any], portrait: bool, last: int, *, model: Config, tokenizer: Tokenizer) -> Clips:
     """One record as a row of Clips."""
     reference = record.get("portrait", record["video"][0]) if portrait else record["video"][0]
     pixels = samples = None
@@ -162,7 +169,7 @@ def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Confi
         pixels = clip.preprocess(reference[None].astype(np.float32) / 127.5 - 1, model.image)[0]
     return footage_row(record, portrait, last)._replace(
         reference=reference,
-        last=np.asarray(last),
+        last=np.int32(last),
         ids=tokenizer([record["prompt"]], model.dit.text_length)[0][0],
         samples=samples,
         pixels=pixels,
@@ -170,7 +177,7 @@ def clip_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Confi
     )
 
 
-def footage_row(record: dict[str, Any], portrait: bool, last: bool) -> Clips:
+def footage_row(record: dict[str, Any], portrait: bool, last: int) -> Clips:
     """Only the pictures and their masks, which is all that the autoencoder learns from."""
     return Clips(video=record["video"], face=_to_bytes(record["face"]), lip=_to_bytes(record["lip"]))
 
@@ -216,12 +223,14 @@ def _to_bytes(mask: np.ndarray) -> np.ndarray:
     return mask.astype(np.uint8) * 255 if mask.dtype == bool else mask
 
 
-def _prepared_row(record: dict[str, Any], portrait: bool, last: bool) -> Batch:
-    condition = record["conditions"][record["views"].index((portrait, last))]
+def _prepared_row(record: dict[str, Any], portrait: bool, last: int) -> Batch:
+    """The later frame that is given is the one that was drawn when the clip was prepared."""
+    condition = record["conditions"][record["views"].index((portrait, last > 0))]
     frames = len(condition)
     given = np.zeros((frames, 4), np.float32)
     given[0] = 1
-    given[-1, -1] = max(given[-1, -1], last)
+    if last:
+        given.reshape(-1)[record["last"] + 3] = 1
     stored = {name: record[name] for name in Batch._fields if name in record}
     stored = {n: x.astype(np.float32) if x.dtype == np.float16 else x for n, x in stored.items()}
     return Batch(condition=condition.astype(np.float32), given=given, **stored)

@@ -48,18 +48,20 @@ def to_signed(pixels):
 
 
 def show(clips: Clips):
-    """The clips as far as they are given, in [-1, 1]: the reference first, for some the last frame, grey between."""
+    """The clips as far as they are given, in [-1, 1]: the reference first, for some a later frame, grey elsewhere."""
     assert clips.last is not None
     video = to_signed(clips.video)
-    shown = jnp.zeros_like(video).at[:, 0].set(to_signed(clips.reference))
-    last = jnp.where(clips.last[:, None, None, None], video[:, -1], 0)
-    return shown.at[:, -1].set(last) if video.shape[1] > 1 else shown
+    reference, rows = to_signed(clips.reference), jnp.arange(video.shape[0])
+    shown = jnp.zeros_like(video).at[:, 0].set(reference)
+    later = jnp.where(clips.last[:, None, None, None] > 0, video[rows, clips.last], reference)
+    return shown.at[rows, clips.last].set(later)
 
 
 def given_frames(last_B, frames: int):
     """(B, T, 4): the first frame counts for all four of its latent."""
-    given = jnp.zeros((last_B.shape[0], frames, MASK_CHANNELS)).at[:, 0].set(1)
-    return given.at[:, -1, -1].set(jnp.where(last_B, 1.0, given[:, -1, -1]))
+    given = jnp.zeros((last_B.shape[0], MASK_CHANNELS * frames)).at[:, :MASK_CHANNELS].set(1)
+    given = given.at[jnp.arange(last_B.shape[0]), last_B + MASK_CHANNELS - 1].set(1)
+    return given.reshape(-1, frames, MASK_CHANNELS)
 
 
 def _moments(params: Params, video_BFHWC, model: Config):

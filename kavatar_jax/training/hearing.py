@@ -27,7 +27,7 @@ class Voices(NamedTuple):
     mouth: Any
 
 
-def voice_row(record: dict[str, Any], portrait: bool, last: bool, *, model: Config) -> Voices:
+def voice_row(record: dict[str, Any], portrait: bool, last: int, *, model: Config) -> Voices:
     return Voices(samples=model_of("speech", model.speech).normalise(record["samples"]), mouth=record["mouth"])
 
 

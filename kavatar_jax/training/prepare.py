@@ -14,7 +14,7 @@ import numpy as np
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding
 from kavatar_jax.training.config import Bucket, TrainConfig
-from kavatar_jax.training.data import Clips, Records, Row, pad, place
+from kavatar_jax.training.data import Clips, Records, Row, draw_last, pad, place
 from kavatar_jax.training.export import export
 from kavatar_jax.training.objective import Batch
 from kavatar_jax.training.prepared import folder_name, views_of
@@ -70,7 +70,8 @@ def _batches(
         record = records.take(serial, rng)
         if rng.random() < config.data.padding:
             record = pad(record, rng.uniform(0, config.data.padding_most, 4))
-        return [row(record, portrait, last) for portrait, last in views]
+        number = draw_last(rng, bucket.frames)
+        return [row(record, portrait, number if last else 0) for portrait, last in views]
 
     records = Records(config.data, bucket, config.model.fps)
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.ahead * bucket.batch)
@@ -82,13 +83,14 @@ def _batches(
 
 
 def _encode_views(encode, clips: list[Clips], bucket: Bucket, mesh) -> dict[str, np.ndarray]:
-    """The fields of a Batch on the host, `conditions` (B, views, ...) in place of `condition` and `given`."""
+    """The fields of a Batch on the host; `conditions` (B, views, ...) and `last` in place of `condition` and `given`."""
     rows, sharding = np.arange(bucket.batch), batch_sharding(mesh)
     batches: list[Batch] = [jax.device_get(encode(place(view, rows, bucket.batch, sharding))) for view in clips]
     fields = {
         name: x for name, x in batches[0]._asdict().items() if name not in ("condition", "given") and x is not None
     }
-    return fields | {"conditions": np.stack([batch.condition for batch in batches], axis=1)}
+    last = np.max([view.last for view in clips], axis=0)
+    return fields | {"conditions": np.stack([batch.condition for batch in batches], axis=1), "last": last}
 
 
 def _write(folder: Path, serials: range, fields: dict[str, np.ndarray]) -> None:

@@ -3,7 +3,7 @@
     about.json                       what was prepared, and from which config
     128x128x49/00000000.npz ...      one clip: a row of every field of a Batch, but for `condition` and `given`
 In place of these a file has `conditions`, one for each of the `views` in about.json: [portrait, last], whether the given
-first frame is the portrait, and whether the last frame is given too. Floats are stored in half precision.
+first frame is the portrait, and whether a later frame, number `last`, is given too. Floats are stored in half precision.
 """
 
 import json

@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
     meant: Any
 
 
-def prompt_row(record: dict[str, Any], portrait: bool, last: bool, *, tokenizer: Tokenizer, length: int) -> Prompts:
+def prompt_row(record: dict[str, Any], portrait: bool, last: int, *, tokenizer: Tokenizer, length: int) -> Prompts:
     return Prompts(ids=tokenizer([record["prompt"]], length)[0][0], meant=record["meant"])
 
 
