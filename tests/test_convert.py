@@ -24,9 +24,11 @@ from kavatar_jax.checkpoint import weights as store
 from kavatar_jax.checkpoint.bridge import flatten, placements, reference_shapes, to_torch
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
 from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.names import ORIGINAL
 from kavatar_jax.parallel.mesh import make_mesh
 from tools import convert_checkpoint
-from tools.convert_checkpoint import CONFIGS, FILES, TRANSFORMERS, convert
+from tools.convert_checkpoint import convert
+from tools.layouts import CONFIGS, FILES, TRANSFORMERS
 from tools.reference.e2e import TreeFile
 
 ROOT = Path(__file__).parents[1]
@@ -170,9 +172,11 @@ def test_onto_a_mesh_and_back(converted, values, monkeypatch):
 def test_the_released_file_formats(values, tmp_path, monkeypatch):
     """.pt and .pth as torch writes them, the transformer wrapped as training scripts do; rec-vec is another file."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(convert_checkpoint, "FILES", FILES | {part: [path] for part, path in NAMES.items()})
+    for part, path in NAMES.items():
+        monkeypatch.setitem(FILES, part, [path])
     released = {name: f"StableAvatar-1.3B/transformer3d-{name}.pt" for name in TRANSFORMERS}
-    monkeypatch.setattr(convert_checkpoint, "TRANSFORMERS", released)
+    for name, path in released.items():
+        monkeypatch.setitem(TRANSFORMERS, name, path)
 
     def as_torch(x):
         return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16 if x.dtype != np.float32 else torch.float32)
@@ -187,7 +191,7 @@ def test_the_released_file_formats(values, tmp_path, monkeypatch):
             torch.save({key: -x for key, x in state.items()}, tree / released["rec-vec"])
         if part == "speech":  # the older name, taken where there are no safetensors
             (tree / path).rename(tree / "wav2vec2-base-960h" / "pytorch_model.bin")
-    monkeypatch.setitem(convert_checkpoint.FILES, "speech", [NAMES["speech"], "wav2vec2-base-960h/pytorch_model.bin"])
+    monkeypatch.setitem(FILES, "speech", [NAMES["speech"], "wav2vec2-base-960h/pytorch_model.bin"])
     for path, content in TINY["json"].items():
         (tree / path).write_text(json.dumps(content))
     convert(tree, folder, image_heads=HEADS)
@@ -322,7 +326,7 @@ def test_sizes_of_the_published_network_tell_which_tensor_is_wrong():
     with pytest.raises(ValueError) as caught:
         placements(tensors.shapes, COMPONENTS["text"].model.TORCH, abstract("text", misled))
     assert len(caught.value.wrong) > 100  # type: ignore
-    said = str(convert_checkpoint._amiss("text", tensors, caught.value))
+    said = str(convert_checkpoint._amiss("text", ORIGINAL["text"], tensors, caught.value))
     assert said == "1 of another shape: token_embedding.weight is (256384, 4000), expected (256384, 4096)"
 
 
@@ -423,7 +427,8 @@ def test_command_line(released, tmp_path, monkeypatch, capsys, error, code, word
     )
     assert convert_checkpoint.main() == code
     said = capsys.readouterr().err.splitlines(keepends=True)
-    assert said[-1].startswith(words) and len(said) == 1
+    assert said[0] == "stableavatar: there is StableAvatar-1.3B/\n"
+    assert said[-1].startswith(words) and len(said) == 2
     assert sorted(os.listdir(out)) == ([] if error else ["kavatar.json", "text"])
 
 
