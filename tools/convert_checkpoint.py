@@ -128,7 +128,7 @@ def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[s
     strange = sorted(set(only or ()) - known.keys())
     if strange:
         raise ValueError(f"{layout} has no {', '.join(strange)}; it has {', '.join(known)}")
-    found = {name: source / place.path for name, place in known.items() if not only or name in only}
+    found = {name: place.locate(source) for name, place in known.items() if not only or name in only}
     missing = [f"{name} ({path})" for name, path in found.items() if not is_there(path)]
     if missing and only:
         raise ValueError(f"{source} has not all of --only; missing: {', '.join(missing)}")

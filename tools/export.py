@@ -100,11 +100,12 @@ def _prepare(name: str, folder: Path, place: Place, rest: Path | None) -> Ready:
             f"{place.path} of the release has more tensors than ours keeps ({', '.join(place.names.unused)}); name a "
             f"folder of the release with --rest, or leave the part out with --only"
         )
-    theirs = open_tensors(rest / place.path)
+    path = place.locate(rest)
+    theirs = open_tensors(path)
     if place.config:
         place.names.compare(read_json(rest / place.config), config)
     reference = as_reference(folder, tensors, _spelt(place.names.rows, theirs))
-    return Ready(place, reference | _beside(rest / place.path, theirs, reference, place.names.unused), None)
+    return Ready(place, reference | _beside(path, theirs, reference, place.names.unused), None)
 
 
 def _spelt(rows: list[Row], theirs: Tensors) -> list[Row]:
@@ -146,8 +147,9 @@ def _write(
 
             broken = write_tensors(path, part.tensors, shard_size=shard_size, report=report)
         if part.described is not None and part.place.config:
-            text = json.dumps(part.described, indent=2) + "\n"
-            (folder / part.place.config).write_text(text, encoding="utf-8")
+            config = folder / part.place.config
+            config.parent.mkdir(parents=True, exist_ok=True)
+            config.write_text(json.dumps(part.described, indent=2) + "\n", encoding="utf-8")
         elif part.place.config and rest is not None:  # what the release has beside the weights: of a recogniser
             for file in (rest / part.place.config).parent.glob("*.json"):
                 shutil.copyfile(file, path.parent / file.name)

@@ -44,20 +44,28 @@ CLASSES = {  # what a config.json calls itself -> the part it is, and its names
 class Place(NamedTuple):
     """Where a part lies, from the folder on. names, config: None for the tokenizer, and where there is no config.json.
 
-    more: whether the file also has tensors that our networks have no use for
+    also: other names of the file, to be read; more: whether it also has tensors that our networks have no use for
     """
 
     path: str
     names: Names | None = None
     config: str | None = None
+    also: tuple[str, ...] = ()
     more: bool = False
+
+    def locate(self, folder: Path) -> Path:
+        """Its file under the first name that there is, or else the first of all."""
+        paths = [folder / path for path in (self.path, *self.also)]
+        return next(filter(is_there, paths), paths[0])
 
 
 def places(layout: str, transformer: str = "square") -> dict[str, Place]:
     """What a layout consists of; for "stableavatar" with one of the release's transformers."""
     if layout == "stableavatar":
         names = ORIGINAL
-        found = {part: Place(paths[0], names.get(part), CONFIGS.get(part)) for part, paths in FILES.items()}
+        found = {
+            part: Place(paths[0], names.get(part), CONFIGS.get(part), tuple(paths[1:])) for part, paths in FILES.items()
+        }
         found["dit"] = found["dit"]._replace(path=TRANSFORMERS[transformer])
         return found | {part: found[part]._replace(more=True) for part in ("image", "speech")}
     if layout == "wan":
@@ -89,9 +97,8 @@ def detect(source: Path) -> tuple[str, str, dict[str, Place]]:
     if named and "dim" not in said:  # in which Wan's own config.json, of the same class in places, gives its width
         (key, kind), *_ = named
         part, names, file = CLASSES[kind]
-        files = [file, "pytorch_model.bin"]
-        path = next((path for path in files if is_there(source / path)), file)
-        return "transformers", f"config.json has {key} {kind}", {part: Place(path, names, "config.json")}
+        place = Place(file, names, "config.json", ("pytorch_model.bin",))
+        return "transformers", f"config.json has {key} {kind}", {part: place}
     for layout in ("diffusers", "wan"):
         found = places(layout)
         there = [place.path for place in found.values() if is_there(source / place.path)]
