@@ -267,6 +267,90 @@ def test_wan_and_back(tmp_path, values, kind, shards, capsys):
     assert len(list((tmp_path / "back").glob("*.safetensors"))) == (1 if shards == 1 else 2)
 
 
+def test_export_is_all_or_nothing(converted, tmp_path, monkeypatch, capsys):
+    """Every part is checked before one is written, and the folder bears its name when the last is whole."""
+
+    def refusal(layout, source=converted, folder="out", **options):
+        with pytest.raises(ValueError) as caught:
+            export(source, tmp_path / folder, layout, shard_size=options.pop("shard_size", GB), **options)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    said = refusal("diffusers", only=["dit", "vae"])
+    assert said.startswith("dit: it listens to speech, and diffusers has no class for that") and "vae" not in said
+    assert "dit: it listens to speech, and plain Wan has no such part" in refusal("wan", only=["dit"])
+    assert "diffusers has no speech; it has dit, vae, text, image, tokenizer" in refusal("diffusers", only=["speech"])
+    assert "speech: " in refusal("stableavatar") and "image: " in refusal("stableavatar")
+    assert "shard-size of 0 bytes" in refusal("diffusers", only=["vae"], shard_size=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    assert "name a folder that is new" in refusal("diffusers", folder="full", only=["vae"])
+    write = SafetensorsWriter.write
+
+    def fail(self, name, values, row=None):
+        if name == "proj_out.bias" or name == "encoder.final_layer_norm.weight":
+            raise OSError(28, "No space left on device")
+        write(self, name, values, row)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(SafetensorsWriter, "write", fail)
+        export(converted, tmp_path / "out", "diffusers", shard_size=GB, only=["vae", "text"])
+    assert os.listdir(tmp_path) == ["full"]
+    weights = Path(shutil.copytree(converted, tmp_path / "weights"))
+    (weights / "text" / "model.safetensors").unlink()
+    shutil.copy(weights / "image" / "model.safetensors", weights / "text" / "model.safetensors")
+    assert "text does not fit its config.json" in refusal("diffusers", source=weights, only=["vae", "text"])
+    assert "make a weights directory of ours of it first" in refusal("wan", source=write_wan_folder(tmp_path))
+    capsys.readouterr()
+
+
+def write_wan_folder(folder):
+    """What is taken for Wan's."""
+    (folder / "wan").mkdir()
+    (folder / "wan" / DIT).write_bytes(b"")
+    return folder / "wan"
+
+
+def test_what_a_folder_is(converted, tmp_path):
+    message = refusal(tmp_path, tmp_path / "out")
+    for looked in ("dit/model.safetensors", "StableAvatar-1.3B/", DIT, "transformer/", "Wan2.1_VAE.pth", "whisper"):
+        assert looked in message
+    assert "say what to make of it: --to diffusers, wan, stableavatar" in refusal(converted, tmp_path / "out")
+    assert "wan has no speech; it has dit, vae, text, image, tokenizer" in refusal(
+        write_wan_folder(tmp_path), tmp_path / "out", only=["speech"]
+    )
+    assert f"wan has not all of --only; missing: vae ({tmp_path / 'wan' / WEIGHTS['vae']})" in refusal(
+        tmp_path / "wan", tmp_path / "out", only=["vae"]
+    )
+
+
+def test_a_wan_folder_that_does_not_fit(tmp_path, values):
+    write_wan(tmp_path / "wan", values, "i2v", shards=3)
+    index = tmp_path / "wan" / f"{DIT}.index.json"
+    index.write_text(index.read_text().replace('"diffusion', '"../diffusion'))
+    assert "a shard is a .safetensors file beside it" in refusal(tmp_path / "wan", tmp_path / "out")
+    shutil.rmtree(tmp_path / "wan")
+    write_wan(tmp_path / "wan", {"dit": {**values["dit"], "blocks.0.x_vocal.weight": np.ones(3)}}, "t2v")
+    said = json.loads((tmp_path / "wan" / "config.json").read_text())
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(said | {"dim": 65, "ffn_dim": 111}))
+    assert "dim 65 (not 64), ffn_dim 111 (not 112)" in refusal(tmp_path / "wan", tmp_path / "out")
+    (tmp_path / "wan" / DIT).unlink()
+    save_file(values["dit"], tmp_path / "wan" / DIT)
+    message = refusal(tmp_path / "wan", tmp_path / "out")
+    assert f"{sum('vocal' in key for key in values['dit'])} left over: " in message and "missing" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_numbers_are_flagged(tmp_path, values, capsys):
+    tensors = write_wan(tmp_path / "wan", values, "t2v")
+    tensors["head.head.bias"][0] = np.nan
+    rewrite(tmp_path / "wan" / DIT, tensors)
+    convert(tmp_path / "wan", tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back", "wan", shard_size=GB)
+    said = capsys.readouterr().err
+    assert "has NaN or Inf in head/out/bias\n" in said and "has NaN or Inf in head.head.bias\n" in said
+
+
 @pytest.mark.torch
 def test_all_of_wan(tmp_path, values):
     torch = pytest.importorskip("torch")

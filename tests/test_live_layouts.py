@@ -16,7 +16,7 @@ from tools.inspect_checkpoint import main as inspect
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
-load_file = pytest.importorskip("safetensors.torch").load_file
+load_file, save_file = (getattr(pytest.importorskip("safetensors.torch"), name) for name in ("load_file", "save_file"))
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 diffusers.logging.set_verbosity_error()  # it warns of what `fill` does on purpose
@@ -129,3 +129,71 @@ def test_other_parts(others, tmp_path):
         if name != "vae":
             assert loaded.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
     assert (tmp_path / "back" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
+def test_what_diffusers_cannot_hold_or_say(tmp_path):
+    """Its own words for what does not fit; nothing is written."""
+    model = fill(make_dit("i2v"), torch.float32)
+    model.save_pretrained(tmp_path / "one" / "transformer")
+    folder, file = tmp_path / "one" / "transformer", "diffusion_pytorch_model.safetensors"
+    state, said = load_file(folder / file), json.loads((folder / "config.json").read_text())
+
+    def refusal(change=None, **fields):
+        (folder / "config.json").write_text(json.dumps(said | fields))
+        changed = dict(state)
+        if change:
+            change(changed)
+        save_file(changed, folder / file)
+        with pytest.raises(ValueError) as caught:
+            convert(tmp_path / "one", tmp_path / "ours")
+        assert "\n" not in str(caught.value) and not (tmp_path / "ours").exists()
+        return str(caught.value)
+
+    assert "num_layers 3 (not 2), qk_norm None (not 'rms_norm_across_heads')" in refusal(num_layers=3, qk_norm=None)
+    lost, more = "blocks.1.attn2.add_k_proj.bias", "blocks.1.attn3.to_q.bias"
+    message = refusal(lambda state: (state.pop(lost), state.update({more: torch.zeros(3)})))
+    assert f"1 missing: {lost}; 1 left over: {more}" in message
+    assert "proj_out.bias is int32" in refusal(
+        lambda state: state.update({"proj_out.bias": state["proj_out.bias"].int()})
+    )
+    assert f"{lost} is (7,), expected (24,)" in refusal(lambda state: state.update({lost: torch.zeros(7)}))
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_wav2vec2(stable, tmp_path):
+    """Base and stable, as transformers writes them: the same vectors of the same recording."""
+    kinds = {"feat_extract_norm": "layer" if stable else "group", "do_stable_layer_norm": stable, "conv_bias": stable}
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=[8] * 7,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=10, **kinds,
+    )  # fmt: skip
+    model = fill(transformers.Wav2Vec2Model(config), torch.float32).eval()
+    model.save_pretrained(tmp_path / "one")
+    listens_alike(model, tmp_path, np.sin(np.arange(4000) / 9).astype(np.float32)[None], lambda x: x)
+
+
+def test_whisper(tmp_path):
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=24, decoder_layers=1, vocab_size=60,
+        decoder_attention_heads=2, decoder_ffn_dim=24, max_source_positions=50, pad_token_id=0, num_mel_bins=80,
+    )  # fmt: skip
+    model = fill(transformers.WhisperModel(config), torch.float32).eval()
+    model.save_pretrained(tmp_path / "one")
+    samples = np.sin(np.arange(16000) / 9).astype(np.float32)[None]
+    features = transformers.WhisperFeatureExtractor(feature_size=80, chunk_length=1)
+    listens_alike(
+        model.encoder, tmp_path, samples,
+        lambda x: features(x.numpy()[0], sampling_rate=16000, return_tensors="pt").input_features,
+    )  # fmt: skip
+
+
+def listens_alike(model, folder, samples, prepare):
+    """The folder `one`, converted, gives for these samples what the model gives, in float32."""
+    convert(folder / "one", folder / "ours")
+    config = store.read_config(folder / "ours" / "speech", *COMPONENTS["speech"].kinds)
+    module = COMPONENTS["speech"].kinds[type(config)]
+    params = store.unflatten(dict(Tensors(folder / "ours" / "speech" / "model.safetensors")))
+    with torch.no_grad():
+        wanted = model(prepare(torch.from_numpy(samples))).last_hidden_state.numpy()
+    found = np.asarray(module.listen(params, samples, config))
+    assert found.shape == wanted.shape and np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
