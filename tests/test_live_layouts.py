@@ -129,6 +129,8 @@ def test_other_parts(others, tmp_path):
         assert {x.dtype for x in loaded.parameters()} == {make_others()[name][1]}
         if name != "vae":
             assert loaded.config.to_dict() | {"_name_or_path": ""} == theirs.config.to_dict() | {"_name_or_path": ""}
+        convert(others / FOLDERS[name], tmp_path / "alone")  # the folder of one model
+        same(*(Tensors(tmp_path / top / name / "model.safetensors") for top in ("ours", "alone")))
     assert (tmp_path / "back" / "tokenizer" / "tokenizer.json").read_text() == "{}"
 
 
