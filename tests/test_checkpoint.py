@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from kavatar_jax.checkpoint import bridge, files, weights
 from kavatar_jax.checkpoint.bridge import Mismatch, Row, placements, to_kavatar, to_torch, unflatten
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
+from kavatar_jax.checkpoint.shards import Lazy, open_tensors, write_tensors
 from kavatar_jax.config import AudioAdapterConfig, CLIPConfig, DiTConfig
 from kavatar_jax.parallel.mesh import make_mesh
 
@@ -348,6 +349,97 @@ def test_torch_files_of_other_things(torch, tmp_path):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(ValueError, match=words):
             Tensors(tmp_path / "a.pt")
+
+
+# --- shards
+
+
+def cut(folder, limit=200):
+    """reference() in shards; their index, and where it lies."""
+    tensors = {key: Lazy(x.shape, x.dtype, lambda x=x: x) for key, x in reference().items()}
+    assert write_tensors(folder / "net.safetensors", tensors, shard_size=limit) == set()
+    index = folder / "net.safetensors.index.json"
+    return json.loads(index.read_text()), index
+
+
+def test_shards(tmp_path):
+    index, _ = cut(tmp_path)
+    opened, whole = open_tensors(tmp_path / "net.safetensors"), reference()
+    assert opened.keys() == whole.keys() and all(same_bits(opened[key], whole[key]) for key in whole)
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    names = sorted(set(index["weight_map"].values()))
+    assert names == [f"net-{n + 1:05}-of-{len(names):05}.safetensors" for n in range(len(names))] and len(names) > 1
+    assert sorted(os.listdir(tmp_path)) == [*names, "net.safetensors.index.json"]
+    for name in names:  # none larger than told, and none that its neighbour had room for
+        held = sum(x.nbytes for x in load_file(tmp_path / name).values())
+        assert held <= 200
+    whole_file = {key: Lazy(x.shape, x.dtype, lambda x=x: x) for key, x in whole.items()}
+    write_tensors(tmp_path / "one.safetensors", whole_file, shard_size=10**6)
+    assert (tmp_path / "one.safetensors").is_file() and not (tmp_path / "one.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../net.safetensors", "/etc/net.safetensors", "a/net.safetensors", "..", "", "net.bin", 3]
+)
+def test_an_index_stays_in_its_folder(tmp_path, name):
+    index, path = cut(tmp_path)
+    index["weight_map"]["scale"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=f"{path} names '{re.escape(str(name))}'; a shard is a .safetensors file beside it"
+    ):
+        open_tensors(tmp_path / "net.safetensors")
+
+
+def test_an_index_that_does_not_fit(tmp_path):
+    def refusal(change):
+        index, path = cut(tmp_path)
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+        with pytest.raises(ValueError) as caught:
+            open_tensors(tmp_path / "net.safetensors")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    index, path = cut(tmp_path)
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    assert "do not agree on where scale is" in refusal(lambda homes: homes.pop("scale"))
+    assert "do not agree on where more is" in refusal(lambda homes: homes.update(more=first))
+    assert "do not agree on where in.weight is" in refusal(lambda homes: homes.update({"in.weight": second}))
+    absent = "net-9.safetensors"
+    assert f"names shards that are not there: {absent}" in refusal(lambda homes: homes.update(scale=absent))
+    assert "has no weight_map" in refusal(lambda homes: homes.clear())
+    index, path = cut(tmp_path)
+    (tmp_path / second).write_bytes((tmp_path / first).read_bytes())
+    with pytest.raises(ValueError, match="in.weight stands in two files"):
+        open_tensors(tmp_path / "net.safetensors")
+    path.write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
+    with pytest.raises(ValueError, match="index.json is not JSON.*it says twice what a is"):
+        open_tensors(tmp_path / "net.safetensors")
+
+
+def test_a_header_that_says_a_tensor_twice(tmp_path):
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    blob = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(blob)) + blob + b"\0" * 4)
+    with pytest.raises(ValueError, match="a.safetensors"):
+        Tensors(tmp_path / "a.safetensors")
+
+
+def test_broken_numbers_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 3)
+    tensors = reference()
+    tensors["layers.1.norm.weight"][3], tensors["scale"][...] = np.nan, -np.inf
+    lazy = {key: Lazy(x.shape, x.dtype, lambda x=x: x) for key, x in tensors.items()}
+    assert write_tensors(tmp_path / "a.safetensors", lazy, shard_size=100) == {"layers.1.norm.weight", "scale"}
+    opened = open_tensors(tmp_path / "a.safetensors")
+    broken = weights.convert_component(opened, ROWS, wanted(), Something(width=1), tmp_path / "net")
+    assert broken == {"blocks/norm/scale", "scale"}
+    back = weights.as_reference(tmp_path / "net", Tensors(tmp_path / "net" / "model.safetensors"), ROWS)
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(back[key].read(), tensors[key]) and back[key].dtype == BF16 for key in tensors)
+    with pytest.raises(ValueError, match="cannot be written so: 1 have no name there: scale"):
+        weights.as_reference(tmp_path / "net", Tensors(tmp_path / "net" / "model.safetensors"), ROWS[:4])
 
 
 # --- components

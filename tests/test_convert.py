@@ -23,10 +23,15 @@ from kavatar_jax.cascade.weights import SOURCES, check_complete, load_weights, r
 from kavatar_jax.checkpoint import weights as store
 from kavatar_jax.checkpoint.bridge import flatten, placements, reference_shapes, to_torch
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
+from kavatar_jax.checkpoint.manifest import verify
+from kavatar_jax.checkpoint.shards import Lazy, open_tensors, write_tensors
 from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.names import ORIGINAL
 from kavatar_jax.parallel.mesh import make_mesh
 from tools import convert_checkpoint
-from tools.convert_checkpoint import CONFIGS, FILES, TRANSFORMERS, convert
+from tools.convert_checkpoint import convert
+from tools.export import export
+from tools.layouts import CONFIGS, DIT, FILES, TRANSFORMERS, WEIGHTS
 from tools.reference.e2e import TreeFile
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +41,7 @@ HEADS = TINY["dims"]["clip"]["num_heads"]  # the tiny portrait encoder's, which 
 TOKENIZER = FILES["tokenizer"][0]
 NAMES = {part: FILES[part][0] for part in COMPONENTS}
 STORED = {"dit": "bfloat16", "vae": "float32", "text": "bfloat16", "image": "float32", "speech": "float32"}
+GB = 10**9
 # keys and parameters that the published networks use of the released files
 PUBLISHED = {
     "dit": (1143, 1_747_426_112), "vae": (194, 126_892_531), "text": (242, 5_680_910_336),
@@ -80,11 +86,15 @@ def released(tmp_path_factory, without_torch, values):
     return folder
 
 
-def write_tokenizer(folder):
+def write_tokenizer(folder, path=TOKENIZER):
     """What the converter looks for, and what makes it one of plain bytes, so that no vocabulary is needed."""
-    (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
-    (folder / TOKENIZER).write_text("{}")
-    (folder / TOKENIZER).with_name("config.json").write_text('{"kind": "bytes"}')
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text("{}")
+    (folder / path).with_name("config.json").write_text('{"kind": "bytes"}')
+
+
+def as_torch(torch, x):
+    return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16 if x.dtype != np.float32 else torch.float32)
 
 
 @pytest.fixture
@@ -170,24 +180,23 @@ def test_onto_a_mesh_and_back(converted, values, monkeypatch):
 def test_the_released_file_formats(values, tmp_path, monkeypatch):
     """.pt and .pth as torch writes them, the transformer wrapped as training scripts do; rec-vec is another file."""
     torch = pytest.importorskip("torch")
-    monkeypatch.setattr(convert_checkpoint, "FILES", FILES | {part: [path] for part, path in NAMES.items()})
+    for part, path in NAMES.items():
+        monkeypatch.setitem(FILES, part, [path])
     released = {name: f"StableAvatar-1.3B/transformer3d-{name}.pt" for name in TRANSFORMERS}
-    monkeypatch.setattr(convert_checkpoint, "TRANSFORMERS", released)
-
-    def as_torch(x):
-        return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16 if x.dtype != np.float32 else torch.float32)
+    for name, path in released.items():
+        monkeypatch.setitem(TRANSFORMERS, name, path)
 
     tree, folder = tmp_path / "tree", tmp_path / "weights"
     write_tokenizer(tree)
     for part, path in NAMES.items():
-        state = {key: as_torch(x) for key, x in values[part].items()}
+        state = {key: as_torch(torch, x) for key, x in values[part].items()}
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"state_dict": state} if part == "dit" else state, (tree / path).with_suffix(Path(path).suffix))
         if part == "dit":
             torch.save({key: -x for key, x in state.items()}, tree / released["rec-vec"])
         if part == "speech":  # the older name, taken where there are no safetensors
             (tree / path).rename(tree / "wav2vec2-base-960h" / "pytorch_model.bin")
-    monkeypatch.setitem(convert_checkpoint.FILES, "speech", [NAMES["speech"], "wav2vec2-base-960h/pytorch_model.bin"])
+    monkeypatch.setitem(FILES, "speech", [NAMES["speech"], "wav2vec2-base-960h/pytorch_model.bin"])
     for path, content in TINY["json"].items():
         (tree / path).write_text(json.dumps(content))
     convert(tree, folder, image_heads=HEADS)
@@ -196,9 +205,207 @@ def test_the_released_file_formats(values, tmp_path, monkeypatch):
         stored = load_file(folder / part / "model.safetensors")
         back = dict(to_torch(store.unflatten(stored), component.model.TORCH))
         assert all(back[key].tobytes() == values[part][key].tobytes() for key in back)
+
+    export(folder, tmp_path / "back", "stableavatar", shard_size=GB, rest=tree)
+    for part, path in NAMES.items():
+        file = Tensors(tmp_path / "back" / path)
+        assert file.keys() == values[part].keys()
+        assert all(
+            file[key].tobytes() == x.tobytes() and file.dtypes[key] == x.dtype for key, x in values[part].items()
+        )
+        flat = torch.load(tmp_path / "back" / path, weights_only=True) if path.endswith(("pt", "pth")) else {}
+        assert all(torch.equal(flat[key], as_torch(torch, values[part][key])) for key in flat)
+    for path, content in TINY["json"].items():
+        said = json.loads((tmp_path / "back" / path).read_text())
+        assert {key: said[key] for key in content} == content
+    assert (tmp_path / "back" / TOKENIZER).read_text() == "{}"
+    assert verify(tmp_path / "back") == []
+
     convert(tree, folder, only=["dit"], transformer="rec-vec")
+    export(folder, tmp_path / "other", "stableavatar", shard_size=GB, only=["dit"], transformer="rec-vec")
+    assert Tensors(tmp_path / "other" / released["rec-vec"]).keys() == values["dit"].keys()
     bias = load_file(folder / "dit" / "model.safetensors")["patch/bias"]
     np.testing.assert_array_equal(bias, -values["dit"]["patch_embedding.bias"])
+
+
+# --- other layouts
+
+
+def plain_wan(values, kind):
+    """The miniature's transformer without its audio adapter, as one of Wan's own."""
+    tensors = {key: x for key, x in values["dit"].items() if "vocal" not in key}
+    if kind == "flf2v":
+        tensors["img_emb.emb_pos"] = np.ones((1, 514, TINY["dims"]["image_dim"]), tensors["head.modulation"].dtype)
+    if kind == "t2v":
+        tensors = {key: x for key, x in tensors.items() if "img" not in key}
+        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :16]
+    return {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+
+
+def write_wan(folder, values, kind, *, shards=1):
+    """Its transformer's files and config.json, as Wan-AI/Wan2.1-* has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = plain_wan(values, kind)
+    said = TINY["json"][CONFIGS["dit"]] | {"model_type": kind, "in_dim": tensors["patch_embedding.weight"].shape[1]}
+    (folder / "config.json").write_text(json.dumps(said))
+    lazy = {key: Lazy(x.shape, x.dtype, lambda x=x: x) for key, x in tensors.items()}
+    write_tensors(folder / DIT, lazy, shard_size=sum(x.nbytes for x in tensors.values()) // shards + 1)
+    return tensors
+
+
+@pytest.mark.parametrize("kind, shards", [("t2v", 1), ("i2v", 3), ("flf2v", 1)])
+def test_wan_and_back(tmp_path, values, kind, shards, capsys):
+    tensors = write_wan(tmp_path / "wan", values, kind, shards=shards)
+    convert(tmp_path / "wan", tmp_path / "ours")
+    assert f"wan: there is {DIT}\n" in capsys.readouterr().err
+    config = store.read_config(tmp_path / "ours" / "dit", *COMPONENTS["dit"].kinds)
+    assert config.audio is None and (config.image_width is None) == (kind == "t2v")
+    export(tmp_path / "ours", tmp_path / "back", "wan", shard_size=200_000 if shards > 1 else GB)
+    back, said = open_tensors(tmp_path / "back" / DIT), json.loads((tmp_path / "back" / "config.json").read_text())
+    assert said.pop("_class_name") == "WanModel" and said == json.loads((tmp_path / "wan" / "config.json").read_text())
+    assert back.keys() == tensors.keys() and all(back[key].tobytes() == x.tobytes() for key, x in tensors.items())
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) == (1 if shards == 1 else 2)
+
+
+def test_export_is_all_or_nothing(converted, tmp_path, monkeypatch, capsys):
+    """Every part is checked before one is written, and the folder bears its name when the last is whole."""
+
+    def refusal(layout, source=converted, folder="out", **options):
+        with pytest.raises(ValueError) as caught:
+            export(source, tmp_path / folder, layout, shard_size=options.pop("shard_size", GB), **options)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    said = refusal("diffusers", only=["dit", "vae"])
+    assert said.startswith("dit: it listens to speech, and diffusers has no class for that") and "vae" not in said
+    assert "dit: it listens to speech, and plain Wan has no such part" in refusal("wan", only=["dit"])
+    assert "diffusers has no speech; it has dit, vae, text, image, tokenizer" in refusal("diffusers", only=["speech"])
+    assert "speech: " in refusal("stableavatar") and "image: " in refusal("stableavatar")
+    assert "shard-size of 0 bytes" in refusal("diffusers", only=["vae"], shard_size=0)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    assert "name a folder that is new" in refusal("diffusers", folder="full", only=["vae"])
+    write = SafetensorsWriter.write
+
+    def fail(self, name, values, row=None):
+        if name == "proj_out.bias" or name == "encoder.final_layer_norm.weight":
+            raise OSError(28, "No space left on device")
+        write(self, name, values, row)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(SafetensorsWriter, "write", fail)
+        export(converted, tmp_path / "out", "diffusers", shard_size=GB, only=["vae", "text"])
+    assert os.listdir(tmp_path) == ["full"]
+    weights = Path(shutil.copytree(converted, tmp_path / "weights"))
+    (weights / "text" / "model.safetensors").unlink()
+    shutil.copy(weights / "image" / "model.safetensors", weights / "text" / "model.safetensors")
+    assert "text does not fit its config.json" in refusal("diffusers", source=weights, only=["vae", "text"])
+    assert "make a weights directory of ours of it first" in refusal("wan", source=write_wan_folder(tmp_path))
+    capsys.readouterr()
+
+
+def write_wan_folder(folder):
+    """What is taken for Wan's."""
+    (folder / "wan").mkdir()
+    (folder / "wan" / DIT).write_bytes(b"")
+    return folder / "wan"
+
+
+def test_what_a_folder_is(converted, tmp_path):
+    message = refusal(tmp_path, tmp_path / "out")
+    for looked in ("dit/model.safetensors", "StableAvatar-1.3B/", DIT, "transformer/", "Wan2.1_VAE.pth", "whisper"):
+        assert looked in message
+    assert "say what to make of it: --to diffusers, wan, stableavatar" in refusal(converted, tmp_path / "out")
+    assert "wan has no speech; it has dit, vae, text, image, tokenizer" in refusal(
+        write_wan_folder(tmp_path), tmp_path / "out", only=["speech"]
+    )
+    assert f"wan has not all of --only; missing: vae ({tmp_path / 'wan' / WEIGHTS['vae']})" in refusal(
+        tmp_path / "wan", tmp_path / "out", only=["vae"]
+    )
+
+
+def test_a_wan_folder_that_does_not_fit(tmp_path, values):
+    write_wan(tmp_path / "wan", values, "i2v", shards=3)
+    index = tmp_path / "wan" / f"{DIT}.index.json"
+    index.write_text(index.read_text().replace('"diffusion', '"../diffusion'))
+    assert "a shard is a .safetensors file beside it" in refusal(tmp_path / "wan", tmp_path / "out")
+    shutil.rmtree(tmp_path / "wan")
+    write_wan(tmp_path / "wan", {"dit": {**values["dit"], "blocks.0.x_vocal.weight": np.ones(3)}}, "t2v")
+    said = json.loads((tmp_path / "wan" / "config.json").read_text())
+    (tmp_path / "wan" / "config.json").write_text(json.dumps(said | {"dim": 65, "ffn_dim": 111}))
+    assert "dim 65 (not 64), ffn_dim 111 (not 112)" in refusal(tmp_path / "wan", tmp_path / "out")
+    (tmp_path / "wan" / DIT).unlink()
+    save_file(values["dit"], tmp_path / "wan" / DIT)
+    message = refusal(tmp_path / "wan", tmp_path / "out")
+    assert f"{sum('vocal' in key for key in values['dit'])} left over: " in message and "missing" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_numbers_are_flagged(tmp_path, values, monkeypatch, capsys):
+    tensors = write_wan(tmp_path / "wan", values, "t2v")
+    tensors["head.head.bias"][0] = np.nan
+    rewrite(tmp_path / "wan" / DIT, tensors)
+    convert(tmp_path / "wan", tmp_path / "ours")
+    words = [
+        "convert_checkpoint",
+        str(tmp_path / "ours"),
+        str(tmp_path / "back"),
+        "--to",
+        "wan",
+        "--shard-size",
+        "0.0001",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    assert convert_checkpoint.main() == 0
+    assert len(list((tmp_path / "back").glob("*-of-*.safetensors"))) > 1
+    said = capsys.readouterr().err
+    assert "has NaN or Inf in head/out/bias\n" in said and "has NaN or Inf in head.head.bias\n" in said
+
+
+@pytest.mark.torch
+def test_all_of_wan(tmp_path, values):
+    torch = pytest.importorskip("torch")
+    tensors = write_wan(tmp_path / "wan", values, "i2v")
+    for part, path in WEIGHTS.items():
+        if part == "tokenizer":
+            write_tokenizer(tmp_path / "wan", path)
+        else:
+            torch.save({key: as_torch(torch, x) for key, x in values[part].items()}, tmp_path / "wan" / path)
+    convert(tmp_path / "wan", tmp_path / "ours", image_heads=HEADS)
+    assert sorted(os.listdir(tmp_path / "ours")) == ["dit", "image", "kavatar.json", "text", "tokenizer", "vae"]
+    with pytest.raises(ValueError, match=r"image: .* has more tensors than ours keeps .*--rest"):
+        export(tmp_path / "ours", tmp_path / "back", "wan", shard_size=GB)
+    assert not (tmp_path / "back").exists()
+    export(tmp_path / "ours", tmp_path / "back", "wan", shard_size=GB, rest=tmp_path / "wan")
+    for part, path in {"dit": DIT, **WEIGHTS}.items():
+        if part != "tokenizer":
+            file, wanted = Tensors(tmp_path / "back" / path), tensors if part == "dit" else values[part]
+            assert file.keys() == wanted.keys() and all(file[key].tobytes() == x.tobytes() for key, x in wanted.items())
+    assert sorted(os.listdir(tmp_path / "back")) == sorted(["config.json", "google", "kavatar.json", DIT, *(
+        path for part, path in WEIGHTS.items() if part != "tokenizer"
+    )])  # fmt: skip
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_speech_encoder_alone(tmp_path, values, parametrized):
+    """wav2vec 2.0 as transformers names it with its head, or without it and with the newer names of a norm."""
+    kept, said = dict(values["speech"]), TINY["json"][CONFIGS["speech"]]
+    if parametrized:
+        newer = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+        kept = {key.removeprefix("wav2vec2."): x for key, x in kept.items() if "lm_head" not in key}
+        kept = {
+            key.replace(old, newer[old]) if (old := key.split(".")[-1]) in newer else key: x for key, x in kept.items()
+        }
+    (tmp_path / "one").mkdir()
+    save_file(kept, tmp_path / "one" / "model.safetensors")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(said))
+    convert(tmp_path / "one", tmp_path / "ours")
+    stored = Tensors(tmp_path / "ours" / "speech" / "model.safetensors")
+    wanted = values["speech"]["wav2vec2.encoder.pos_conv_embed.conv.weight_v"]
+    assert stored["positions/v"].tobytes() == wanted.transpose(2, 1, 0).tobytes()
+    assert store.read_config(tmp_path / "ours" / "speech", *COMPONENTS["speech"].kinds).heads == 4
+    (tmp_path / "one" / "config.json").write_text(json.dumps(said | {"num_hidden_layers": 3}))
+    assert "num_hidden_layers 3 (not 2)" in refusal(tmp_path / "one", tmp_path / "ours")
 
 
 # --- what is not there
@@ -322,7 +529,7 @@ def test_sizes_of_the_published_network_tell_which_tensor_is_wrong():
     with pytest.raises(ValueError) as caught:
         placements(tensors.shapes, COMPONENTS["text"].model.TORCH, abstract("text", misled))
     assert len(caught.value.wrong) > 100  # type: ignore
-    said = str(convert_checkpoint._amiss("text", tensors, caught.value))
+    said = str(convert_checkpoint._amiss("text", ORIGINAL["text"], tensors, caught.value))
     assert said == "1 of another shape: token_embedding.weight is (256384, 4000), expected (256384, 4096)"
 
 
@@ -423,7 +630,8 @@ def test_command_line(released, tmp_path, monkeypatch, capsys, error, code, word
     )
     assert convert_checkpoint.main() == code
     said = capsys.readouterr().err.splitlines(keepends=True)
-    assert said[-1].startswith(words) and len(said) == 1
+    assert said[0] == "stableavatar: there is StableAvatar-1.3B/\n"
+    assert said[-1].startswith(words) and len(said) == 2
     assert sorted(os.listdir(out)) == ([] if error else ["kavatar.json", "text"])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from kavatar_jax.checkpoint.manifest import note
 from kavatar_jax.checkpoint.weights import save_component
 from kavatar_jax.config import load_config
 from kavatar_jax.models import umt5
@@ -93,3 +94,23 @@ def test_mistakes(folder, capsys):
         assert code == 2 and said.startswith("inspect_checkpoint: ") and said.count("\n") == 1
     (folder / "empty").mkdir()
     assert "holds no file of tensors" in run(capsys, folder / "empty")[1]
+
+
+def test_verify(folder, capsys):
+    code, said = run(capsys, folder, "--verify")
+    assert code == 2 and "there is no file" in said
+    note(folder, "kavatar", {"net": "a.pt"}, [file for file in folder.rglob("*") if file.is_file()])
+    assert run(capsys, folder, "--verify") == (0, "every file is as it was written\n")
+    one = (folder / "net" / "one.safetensors").read_bytes()
+    (folder / "net" / "one.safetensors").write_bytes(one[:-1] + b"?")
+    (folder / "net" / "two.safetensors").unlink()
+    (folder / "net" / "three.safetensors").write_bytes(one)
+    code, said = run(capsys, folder, "--verify")
+    assert code == 1 and said.splitlines() == [
+        "net/two.safetensors is missing",
+        "net/three.safetensors is not in kavatar.json",
+        "net/one.safetensors has changed",
+    ]
+    (folder / "kavatar.json").write_text('{"layout": "kavatar", "sources": {}}')  # of an older version
+    code, said = run(capsys, folder, "--verify")
+    assert code == 2 and "has no hashes; convert again" in said

@@ -10,6 +10,7 @@ import pytest
 from configs import demo, stableavatar
 from kavatar_jax.checkpoint import bridge
 from kavatar_jax.models.components import COMPONENTS
+from kavatar_jax.models.names import DIFFUSERS
 from kavatar_jax.parallel.sharding import RULES
 
 TINY = demo.tiny()
@@ -72,3 +73,20 @@ def test_torch(model):
         assert back == {path: leaf.shape for path, leaf in flat.items()}
         assert not [key for key in shapes if any(re.fullmatch(unused, key) for unused in module.UNUSED)]
     assert set(wanted) == set().union(*parameters), "idle rows"
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_names_of_diffusers(name):
+    """Another name for every key, of one shape but where transformers keeps apart what is one in Wan."""
+    names, plain = DIFFUSERS[name], PLAIN if name == "dit" else getattr(TINY, name)
+    if name == "vae":
+        plain = replace(plain, patch=1, bypass=False, blocks=2)
+    for config in [plain, *([replace(PLAIN, image_width=20, image_positions=514)] if name == "dit" else [])]:
+        abstract = jax.eval_shape(partial(names.model.init, config), jax.random.key(0))
+        flat = bridge.flatten(abstract)
+        shapes = bridge.reference_shapes(names.rows, abstract)
+        assert bridge.parameter_shapes(names.rows, shapes) == {path: leaf.shape for path, leaf in flat.items()}
+        assert bridge.sources(names.rows, abstract).keys() == shapes.keys()
+        originals = bridge.reference_shapes(names.model.TORCH, abstract)
+        assert names.model is COMPONENTS["image"].model or sorted(shapes.values()) == sorted(originals.values())
+        assert not [key for key in shapes if any(re.fullmatch(unused, key) for unused in names.unused)]

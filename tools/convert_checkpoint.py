@@ -1,14 +1,14 @@
-"""Turn a released StableAvatar checkpoint tree into a weights directory: python tools/convert_checkpoint.py SRC DST
+"""Between checkpoint layouts and our weights directory: python tools/convert_checkpoint.py SRC DST [--to LAYOUT]
 
-SRC holds what `huggingface-cli download FrancisRing/StableAvatar` leaves:
-    StableAvatar-1.3B/transformer3d-square.pt, Wan2.1-Fun-V1.1-1.3B-InP/..., wav2vec2-base-960h/
+To ours: SRC is the tree of the StableAvatar release (`huggingface-cli download FrancisRing/StableAvatar`), a folder of
+Wan2.1 in its own layout or in that of diffusers, or one model's folder of transformers, such as a speech encoder. Which it
+is, is told from its files. From ours: --to diffusers, wan or stableavatar; DST is a new folder.
 Every part is checked before any is written: all keys in both directions, all shapes. Then tensors are read one at a time
 and keep their dtype. A part bears its name in DST only once it is whole.
 """
 
 import argparse
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -18,31 +18,28 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from kavatar_jax.checkpoint.bridge import Mismatch, layers_as_in, placements
-from kavatar_jax.checkpoint.files import Tensors
+from kavatar_jax.checkpoint.files import Tensors, read_json
+from kavatar_jax.checkpoint.manifest import note
+from kavatar_jax.checkpoint.shards import is_there, open_tensors
 from kavatar_jax.checkpoint.weights import convert_component, replacing, stored_dtypes
 from kavatar_jax.config import load_config
 from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.names import ORIGINAL, Names
 from kavatar_jax.types import Params
+from tools.export import LAYOUTS, export
+from tools.layouts import CONFIGS, FILES, TRANSFORMERS, Place, detect
 
-BASE = "Wan2.1-Fun-V1.1-1.3B-InP"
-SPEECH = "wav2vec2-base-960h"
-TRANSFORMERS = {name: f"StableAvatar-1.3B/transformer3d-{name}.pt" for name in ("square", "rec-vec")}
-FILES = {  # part -> its file, the first that is there
-    "dit": [TRANSFORMERS["square"]],
-    "vae": [f"{BASE}/Wan2.1_VAE.pth"],
-    "text": [f"{BASE}/models_t5_umt5-xxl-enc-bf16.pth"],
-    "image": [f"{BASE}/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"],
-    "speech": [f"{SPEECH}/model.safetensors", f"{SPEECH}/pytorch_model.bin"],
-    "tokenizer": [f"{BASE}/google/umt5-xxl/tokenizer.json"],
-}
-CONFIGS = {"dit": f"{BASE}/config.json", "speech": f"{SPEECH}/config.json"}
 PUBLISHED = ("stableavatar", "stableavatar:fourteen_b")  # configs whose networks a file is compared with
+PARTS = (*COMPONENTS, "tokenizer")
+ENDS = 2 * 257  # tokens of the first and the last frame, in FLF2V
+GIGABYTE = 10**9
 
 
 class Network(NamedTuple):
     """A network ready to be converted."""
 
     path: Path
+    names: Names
     tensors: Tensors
     config: Any
     wanted: Params
@@ -52,15 +49,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--to", choices=["kavatar"], default="kavatar", help="layout to write")
+    parser.add_argument("--to", choices=["kavatar", *LAYOUTS], default="kavatar", help="layout to write")
     parser.add_argument(
-        "--transformer", default="square", help="square (512x512), rec-vec (832x480, 480x832), or a file of your own"
-    )
-    parser.add_argument("--only", nargs="+", choices=FILES, help="parts to convert")
+        "--transformer", default="square",
+        help="of StableAvatar: square (512x512), rec-vec (832x480, 480x832), or, to be read, a file of your own",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to convert")
     parser.add_argument("--image-heads", type=int, help="for image encoders other than the released one")
+    parser.add_argument("--shard-size", type=float, default=5, help="GB of a file, from which on it is cut into shards")
+    parser.add_argument(
+        "--rest", type=Path, help="to write a release: a folder of it, for the tensors that ours has no use for"
+    )
     a = parser.parse_args()
     try:
-        convert(a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads)
+        if a.to == "kavatar":
+            convert(a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads)
+        else:
+            size = int(a.shard_size * GIGABYTE)
+            export(
+                a.source, a.destination, a.to,
+                transformer=a.transformer, only=a.only, shard_size=size, rest=a.rest,
+            )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -74,31 +83,56 @@ def convert(
     source: Path, destination: Path, *,
     transformer: str = "square", only: list[str] | None = None, image_heads: int | None = None,
 ) -> None:  # fmt: skip
-    """Convert every part, or those in `only`.
+    """Convert every part that the source's layout has, or those in `only`, into our weights directory.
 
     transformer: "square", "rec-vec" or the path of any other file with a transformer of this kind
     image_heads: heads of the image encoder where they are not 80 wide; its file does not say
     ValueError says all that is missing or does not fit, one line for each part, before anything is written.
     """
     console = Console(stderr=True)
-    found = find_files(source, transformer, only or list(FILES))
+    layout, reason, known = detect(source)
+    console.print(f"{layout}: {reason}", soft_wrap=True)
+    if layout == "kavatar":
+        raise ValueError(f"{source} is a weights directory of ours; say what to make of it: --to {', '.join(LAYOUTS)}")
+    if layout == "stableavatar":
+        found = find_files(source, transformer, only or list(FILES))
+    else:
+        found = _find_parts(source, layout, known, only)
+    if "tokenizer" in found:
+        read_json(found["tokenizer"])
     networks, problems = {}, []
     for name in found.keys() & COMPONENTS.keys():
         try:
-            networks[name] = _open_network(name, found[name], source, image_heads)
+            networks[name] = _open_network(name, found[name], known[name], source, image_heads)
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(sorted(problems)))
     for name, path in found.items():
+        broken = set()
         with console.status(f"converting {name}") as status:
             if name in networks:
-                _convert_network(name, networks[name], destination / name, status)
+                broken = _convert_network(name, networks[name], destination / name, status)
             else:
                 with replacing(destination / name) as partial:
                     shutil.copytree(path.parent, partial, dirs_exist_ok=True)
         console.print(f"{name:10} from {path}", soft_wrap=True)
-        _note_source(destination / "kavatar.json", name, os.path.relpath(path, source))
+        if broken:
+            console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
+        files = [file for file in (destination / name).rglob("*") if file.is_file()]
+        note(destination, "kavatar", {name: os.path.relpath(path, source)}, files)
+
+
+def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> dict[str, Path]:
+    """The parts that are there; ValueError if one of `only` is not."""
+    strange = sorted(set(only or ()) - known.keys())
+    if strange:
+        raise ValueError(f"{layout} has no {', '.join(strange)}; it has {', '.join(known)}")
+    found = {name: place.locate(source) for name, place in known.items() if not only or name in only}
+    missing = [f"{name} ({path})" for name, path in found.items() if not is_there(path)]
+    if missing and only:
+        raise ValueError(f"{source} has not all of --only; missing: {', '.join(missing)}")
+    return {name: path for name, path in found.items() if is_there(path)}
 
 
 def find_files(source: Path, transformer: str, parts: list[str]) -> dict[str, Path]:
@@ -122,54 +156,55 @@ def find_files(source: Path, transformer: str, parts: list[str]) -> dict[str, Pa
     if missing:
         rest = f". To convert the rest: --only {' '.join(found)}" if found else ""
         raise ValueError(f"{source} is not a complete released tree; missing: {', '.join(missing)}{rest}")
-    if "tokenizer" in found:
-        _read_json(found["tokenizer"])
     return found
 
 
-def _open_network(name: str, path: Path, source: Path, image_heads: int | None) -> Network:
+def _open_network(name: str, path: Path, place: Place, source: Path, image_heads: int | None) -> Network:
     """Open a network's file and hold it against its table: ValueError if they differ, and no tensor read."""
-    model, role = COMPONENTS[name].model, COMPONENTS[name].role
-    released = _read_json(source / CONFIGS[name]) if name in CONFIGS else {}
-    if name == "dit" and "num_heads" not in released:
-        raise ValueError(f"{source / CONFIGS[name]} has no num_heads")
+    names, role = place.names, COMPONENTS[name].role
+    assert names is not None
+    described = read_json(source / place.config) if place.config else {}
+    if lacking := [field for field in names.needs if field not in described]:
+        raise ValueError(f"{source / (place.config or '')} has no {', '.join(lacking)}")
     if name == "image" and image_heads is not None:
-        released = {"num_heads": image_heads}
-    tensors = Tensors(path)
+        described = described | {"num_heads": image_heads}
+    tensors = open_tensors(path)
     try:
-        config = model.config_of(tensors.shapes, released)
-        _check_heads_and_kind(name, config)
+        config = names.config_of(tensors.shapes, described)
+        _check_heads_and_kind(name, config, names)
+        if names is not ORIGINAL["dit"]:  # whose config.json is of the transformer that it was tuned from
+            names.compare(described, config)
         wanted = abstract(name, config)
-        dtypes = set(stored_dtypes(tensors, model.TORCH, wanted, unused=model.UNUSED).values())
+        dtypes = set(stored_dtypes(tensors, names.rows, wanted, unused=names.unused).values())
     except (TypeError, ArithmeticError) as error:  # from shapes traced through the network
         said = ValueError(f"its sizes contradict each other: {str(error).splitlines()[0]}")
-        raise ValueError(f"{path} does not hold {role}: {_amiss(name, tensors, said)}") from None
+        raise ValueError(f"{path} does not hold {role}: {_amiss(name, names, tensors, said)}") from None
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not hold {role}: {_amiss(name, tensors, error)}") from None
+        raise ValueError(f"{path} does not hold {role}: {_amiss(name, names, tensors, error)}") from None
     dtype = str(dtypes.pop()) if len(dtypes) == 1 else "float32"
-    return Network(path, tensors, dataclasses.replace(config, param_dtype=dtype), wanted)
+    return Network(path, names, tensors, dataclasses.replace(config, param_dtype=dtype), wanted)
 
 
-def _check_heads_and_kind(name: str, config: Any) -> None:
+def _check_heads_and_kind(name: str, config: Any, names: Names) -> None:
     heads, width = config.heads if name in ("dit", "image", "speech") else 1, config.width
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(f"a number of heads of {heads!r} does not divide its width {width}")
-    if name == "dit" and (config.audio is None or config.image_width is None):
+    if names is ORIGINAL["dit"] and (config.audio is None or config.image_width is None):
         raise ValueError("it does not listen to speech or does not see a portrait: it is another Wan model")
 
 
-def _amiss(name: str, tensors: Tensors, error: Exception) -> Exception:
+def _amiss(name: str, names: Names, tensors: Tensors, error: Exception) -> Exception:
     """`error`, which reading a config off the file led to, or what says more: a comparison with a published network.
 
     Where a tensor that sizes are read off is itself missing or wrong, `error` says little or accuses the others. The
     published network is taken with as many layers as the file has; its sizes count if most of the file's are the same.
     """
-    model, many = COMPONENTS[name].model, len(tensors.shapes) // 2
+    many = len(tensors.shapes) // 2
 
-    def compare(config: str) -> Mismatch:
-        wanted = layers_as_in(tensors.shapes, model.TORCH, abstract(name, getattr(load_config(config), name)))
+    def compare(config: Any) -> Mismatch:
+        wanted = layers_as_in(tensors.shapes, names.rows, abstract(name, config))
         try:
-            placements(tensors.shapes, model.TORCH, wanted, unused=model.UNUSED)
+            placements(tensors.shapes, names.rows, wanted, unused=names.unused)
         except Mismatch as found:
             return found if len(found.wrong) < many else Mismatch(found.missing, found.left_over, [])
         return Mismatch([], [], [])
@@ -177,40 +212,32 @@ def _amiss(name: str, tensors: Tensors, error: Exception) -> Exception:
     def size(problem: Mismatch) -> tuple[int, int]:
         return len(problem.missing) + len(problem.left_over), len(problem.wrong)
 
-    nearest = min(map(compare, PUBLISHED), key=size)
+    nearest = min(map(compare, _published(name, names)), key=size, default=Mismatch([], [], []))
     says_more = not isinstance(error, Mismatch) or size(nearest) < size(error)
     return nearest if any(size(nearest)) and says_more else error
 
 
-def _convert_network(name: str, network: Network, folder: Path, status) -> None:
-    model = COMPONENTS[name].model
+def _published(name: str, names: Names) -> list[Any]:
+    """Configs of published networks that a file in these names may hold."""
+    if names.model is not COMPONENTS[name].model:
+        return []
+    found = [getattr(load_config(config), name) for config in PUBLISHED]
+    if name != "dit" or names is ORIGINAL["dit"]:
+        return found
+    seeing = [dataclasses.replace(config, audio=None) for config in found]
+    both_ends = [dataclasses.replace(config, image_positions=ENDS) for config in seeing]
+    blind = [dataclasses.replace(config, image_width=None, in_channels=config.out_channels) for config in seeing]
+    return seeing + both_ends + blind
 
+
+def _convert_network(name: str, network: Network, folder: Path, status) -> set[str]:
     def report(_, done: int, total: int) -> None:
         status.update(f"converting {name}: {100 * done // total} %")
 
-    convert_component(
-        network.tensors, model.TORCH, network.wanted, network.config, folder,
-        unused=model.UNUSED, source=network.path.name, report=report,
+    return convert_component(
+        network.tensors, network.names.rows, network.wanted, network.config, folder,
+        unused=network.names.unused, source=network.path.name, report=report,
     )  # fmt: skip
-
-
-def _note_source(manifest: Path, name: str, path: str) -> None:
-    """Add to DST/kavatar.json which file of SRC a part was made from."""
-    noted = _read_json(manifest).get("sources", {}) if manifest.is_file() else {}
-    text = json.dumps({"layout": "kavatar", "sources": noted | {name: path}}, indent=2)
-    partial = manifest.with_name(f".{manifest.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(manifest)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, perhaps a pointer to the file or a part of it: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
-    return value
 
 
 if __name__ == "__main__":

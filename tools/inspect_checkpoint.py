@@ -4,7 +4,8 @@ PATH is a file of tensors (.safetensors, .pt, .pth, .bin), a folder of them, suc
 folders, such as our own weights directory. Prints every tensor's name, shape, type, root mean square and largest value, and
 the parameters of each folder; NaN and Inf are flagged. With --mesh DATA FSDP CONTEXT TENSOR also how each parameter of our
 own weights directory would lie on such a mesh, and what a device would hold. With OTHER the differences instead: exit 1 if
-there are any.
+there are any. With --verify every file is held against the hashes in PATH/kavatar.json: exit 1 if one has changed, is
+missing or is not known there.
 
 One tensor is read at a time. Exit 2 if a file cannot be read.
 """
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from kavatar_jax.checkpoint.bridge import flatten
 from kavatar_jax.checkpoint.files import TORCH_SUFFIXES, Tensors
+from kavatar_jax.checkpoint.manifest import verify
 from kavatar_jax.checkpoint.weights import read_config
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of
 from kavatar_jax.parallel.mesh import AXES
@@ -59,10 +61,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--match", default="", help="only tensors whose FOLDER/NAME this regular expression is found in"
     )
+    parser.add_argument("--verify", action="store_true", help="only hold the files against their hashes")
     parser.add_argument("--summary", action="store_true", help="only the table of folders; no tensor is read")
     arguments = parser.parse_args(words)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        if arguments.verify:
+            problems = verify(arguments.path)
+            console.print("\n".join(problems) or "every file is as it was written", markup=False, soft_wrap=True)
+            return 1 if problems else 0
         pattern = _pattern(arguments.match)
         groups = open_checkpoint(arguments.path)
         if arguments.other is not None:

@@ -181,11 +181,28 @@ def to_torch(params: Params, rows: list[Row]) -> Iterator[tuple[str, np.ndarray]
     """Our parameters as reference tensors, one at a time, C-contiguous and in their own dtype."""
     flat = flatten(params)
     for spellings, (slots, _) in _expect(rows, params).items():
-        parts = []
-        for slot in slots:
-            leaf = flat[slot.path]
-            parts.append(backward(slot.layout, np.asarray(leaf if slot.layer is None else leaf[slot.layer])))
-        yield spellings[0], np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
+        yield spellings[0], gather(flat, slots)
+
+
+def sources(rows: list[Row], params: Params) -> dict[str, list[Slot]]:
+    """Every reference key in its first spelling, and which of these parameters (arrays or shapes) it is made of.
+
+    ValueError lists the parameters that no row has a key for.
+    """
+    expected = _expect(rows, params)
+    homeless = flatten(params).keys() - {slot.path for slots, _ in expected.values() for slot in slots}
+    if homeless:
+        raise ValueError(f"{len(homeless)} have no name there: {', '.join(sorted(homeless))}")
+    return {spellings[0]: slots for spellings, (slots, _) in expected.items()}
+
+
+def gather(tensors: Mapping[str, np.ndarray], slots: list[Slot]) -> np.ndarray:
+    """One reference tensor, from ours by path; only those in `slots` are read."""
+    parts = []
+    for slot in slots:
+        leaf = tensors[slot.path]
+        parts.append(backward(slot.layout, np.asarray(leaf if slot.layer is None else leaf[slot.layer])))
+    return np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), order="C")
 
 
 def forward(layout: str, tensor: np.ndarray) -> np.ndarray:

@@ -11,8 +11,10 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 REMAP_AFTER = 2**28  # bytes read
+PIECE = 2**22  # numbers looked at together
 _CODES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
@@ -54,6 +57,9 @@ class Tensors(Mapping):
         """A copy of a slice of one tensor; only its own bytes are read."""
         return np.array(self._home[name].read(name)[index], order="C")
 
+    def file_of(self, name: str) -> Path:
+        return self._home[name].path
+
     def __contains__(self, name: object) -> bool:
         return name in self._home
 
@@ -68,6 +74,7 @@ class SafetensorsWriter:
     """A safetensors file of tensors known by name, shape and dtype, filled in any order through `write`.
 
     To be used in a `with` block: nothing bears the final name until it has ended well, nothing is left if it has not.
+    `broken` names the tensors written so far that hold NaN or Inf.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class SafetensorsWriter:
         blob += b" " * (-len(blob) % 8)
         self._path, self._partial = path, path.with_name(f".{path.name}.partial")
         self._header, self._start, self._left = header, 8 + len(blob), offset
+        self.broken: set[str] = set()
         self._file = open(self._partial, "wb")
         self._file.write(struct.pack("<Q", len(blob)) + blob)
 
@@ -95,8 +103,11 @@ class SafetensorsWriter:
         values = np.asarray(values, _CODES[entry["dtype"]], order="C")
         assert values.shape == (shape if row is None else shape[1:]), f"{name} is {shape}, not {values.shape}"
         self._file.seek(self._start + offset + (row or 0) * values.nbytes)
-        self._file.write(values.reshape(-1).view(np.uint8).data)
+        flat = values.reshape(-1)
+        self._file.write(flat.view(np.uint8).data)
         self._left -= values.nbytes
+        if not all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, len(flat), PIECE)):
+            self.broken.add(name)
 
     def __enter__(self):
         return self
@@ -124,8 +135,8 @@ class _Safetensors:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        self._path, self._entries = path, {}
+            header = parse_json(path, file.read(length))
+        self.path, self._entries = path, {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -142,12 +153,12 @@ class _Safetensors:
         shape, dtype, start = self._entries[name]
         if not all(shape):
             return np.empty(shape, dtype)  # nothing cannot be mapped
-        return np.asarray(np.memmap(self._path, dtype, "r", start, shape or 1)).reshape(shape)
+        return np.asarray(np.memmap(self.path, dtype, "r", start, shape or 1)).reshape(shape)
 
 
 class _Torch:
     def __init__(self, path: Path):
-        self._path, self._state, self._read = path, _load_torch(path), 0
+        self.path, self._state, self._read = path, _load_torch(path), 0
         self._mapped = zipfile.is_zipfile(path)
 
     def items(self):
@@ -157,7 +168,7 @@ class _Torch:
             if tensor.dtype == torch.bfloat16:
                 dtype = np.dtype(ml_dtypes.bfloat16)
             elif (dtype := getattr(np, str(tensor.dtype).removeprefix("torch."), None)) not in _CODES.values():
-                raise ValueError(f"{self._path}: {name} is {tensor.dtype}; read are {', '.join(_CODES)}")
+                raise ValueError(f"{self.path}: {name} is {tensor.dtype}; read are {', '.join(_CODES)}")
             yield name, (tuple(tensor.shape), np.dtype(dtype))
 
     def read(self, name: str) -> np.ndarray:
@@ -165,12 +176,37 @@ class _Torch:
 
         if self._mapped and self._read > REMAP_AFTER:
             self._state, self._read = {}, 0  # unmaps the file before it is mapped again
-            self._state = _load_torch(self._path)
+            self._state = _load_torch(self.path)
         tensor = self._state[name].detach()
         self._read += tensor.nbytes
         if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own: pass the bits
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError if there is none, or if it says something twice."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, text: bytes) -> dict:
+    """As `read_json`, of what has been read from `path`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        twice = sorted({name for name, count in Counter(name for name, _ in pairs).items() if count > 1})
+        if twice:
+            raise ValueError(f"it says twice what {', '.join(twice)} is")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, perhaps a pointer to the file or a part of it: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
+    return value
 
 
 def _open(path: Path) -> _Safetensors | _Torch:

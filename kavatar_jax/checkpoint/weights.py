@@ -18,8 +18,21 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from kavatar_jax.checkpoint.bridge import Mismatch, Row, flatten, pieces, placements, unflatten
+from kavatar_jax.checkpoint.bridge import (
+    Mismatch,
+    Row,
+    Shape,
+    Slot,
+    flatten,
+    gather,
+    pieces,
+    placements,
+    reference_shapes,
+    sources,
+    unflatten,
+)
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
+from kavatar_jax.checkpoint.shards import Lazy
 from kavatar_jax.types import Params, Report, silent
 
 STORED = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -44,8 +57,8 @@ def stored_dtypes(tensors: Tensors, rows: list[Row], abstract: Params, *, unused
 def convert_component(
     tensors: Tensors, rows: list[Row], abstract: Params, config: Any, folder: Path, *,
     unused=(), source: str = "", report: Report = silent,
-) -> None:  # fmt: skip
-    """Write reference tensors as a component, one at a time, in their own dtype.
+) -> set[str]:  # fmt: skip
+    """Write reference tensors as a component, one at a time, in their own dtype -> which of ours hold NaN or Inf.
 
     source: the file they come from, noted in ours. ValueError as `stored_dtypes`, before anything is written.
     """
@@ -62,6 +75,26 @@ def convert_component(
                 del values  # it holds the file's memory
                 report(folder.name, done, total)
         write_config(partial, config)
+    return writer.broken
+
+
+def as_reference(folder: Path, tensors: Tensors, rows: list[Row]) -> dict[str, Lazy]:
+    """A component's tensors under the reference's names, in their own dtype, none of them read yet.
+
+    ValueError lists those that the reference has no name for. Parts of one tensor in several dtypes become float32.
+    """
+    shapes = {path: Shape(shape) for path, shape in tensors.shapes.items()}
+    try:
+        found, reference = sources(rows, shapes), reference_shapes(rows, shapes)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be written so: {error}") from None
+
+    def lazy(key: str, slots: list[Slot]) -> Lazy:
+        dtypes = {tensors.dtypes[slot.path] for slot in slots}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        return Lazy(reference[key], dtype, lambda: gather(tensors, slots))
+
+    return {key: lazy(key, slots) for key, slots in found.items()}
 
 
 def save_component(params: Params, config: Any, folder: Path) -> None:
@@ -81,14 +114,19 @@ def load_component(folder: Path, abstract: Params, shardings: Params, *, unread:
     unread: tensors that the file may hold beside them.
     ValueError lists what is missing, left over or of another shape.
     """
-    tensors = Tensors(folder / "model.safetensors")
-    wanted, places = flatten(abstract), flatten(shardings)
+    tensors, wanted, places = open_component(folder, abstract, unread=unread), flatten(abstract), flatten(shardings)
+    return unflatten({name: _place(tensors, name, leaf, places[name]) for name, leaf in wanted.items()})
+
+
+def open_component(folder: Path, abstract: Params, *, unread: Iterable[str] = ()) -> Tensors:
+    """The component's tensors, none read, after holding their names and shapes against `abstract`; as `load_component`."""
+    tensors, wanted = Tensors(folder / "model.safetensors"), flatten(abstract)
     wrong = [f"{name} is {tensors.shapes[name]}, expected {tuple(leaf.shape)}" for name, leaf in wanted.items()
              if name in tensors and tensors.shapes[name] != tuple(leaf.shape)]  # fmt: skip
     missing, left = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys() - set(unread))
     if missing or left or wrong:
         raise ValueError(f"{folder} does not fit its config.json: {Mismatch(missing, left, wrong)}; convert it again")
-    return unflatten({name: _place(tensors, name, leaf, places[name]) for name, leaf in wanted.items()})
+    return tensors
 
 
 def write_config(folder: Path, config: Any) -> None:
