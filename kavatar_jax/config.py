@@ -167,21 +167,7 @@ class WhisperConfig:
     param_dtype: str = "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogMelConfig:
-    """Log-mel energies in place of a speech encoder. bands: energies per vector; context: neighbours on either side that
-    it holds too; periods: of the sinusoids that say where it stands, in vectors."""
-
-    bands: int
-    context: int
-    periods: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        return self.bands * (2 * self.context + 1) + 2 * len(self.periods)
-
-
-SpeechConfig = Wav2Vec2Config | WhisperConfig | LogMelConfig
+SpeechConfig = Wav2Vec2Config | WhisperConfig
 
 
 @dataclass(frozen=True, kw_only=True)

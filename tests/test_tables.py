@@ -9,6 +9,7 @@ import pytest
 
 from configs import demo, stableavatar
 from kavatar_jax.checkpoint import bridge
+from kavatar_jax.models import whisper
 from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.models.names import DIFFUSERS
 from kavatar_jax.parallel.sharding import RULES
@@ -24,6 +25,7 @@ CONFIGS = {  # between them these use every row
     "speech": [TINY.speech, replace(TINY.speech, stable=True, conv_bias=True)],
 }
 MODELS = {name: (COMPONENTS[name].model, configs) for name, configs in CONFIGS.items()}
+MODELS["whisper"] = (whisper, [demo.config().speech])
 
 
 @pytest.fixture(params=MODELS, scope="module")

@@ -14,7 +14,7 @@ from configs import stableavatar, train_stableavatar, train_tiny
 from kavatar_jax.checkpoint import weights as files
 from kavatar_jax.checkpoint.bridge import flatten, unflatten
 from kavatar_jax.checkpoint.store import Store
-from kavatar_jax.config import LogMelConfig
+from kavatar_jax.config import WhisperConfig
 from kavatar_jax.diffusion.flow import add_noise, target_velocity, velocity_towards
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.models import dit
@@ -305,7 +305,7 @@ def test_networks_are_as_the_weights_directory_describes_them(tmp_path):
     assert state.drawn_anew(replace(tiny, weights="")) == set(COMPONENTS)
     found = state.adopt(tiny).model
     assert found.vae == replace(stored, dtype="float32")
-    heard = LogMelConfig(bands=20, context=1, periods=(8,))  # which has neither parameters nor dtypes
+    heard = WhisperConfig(width=8, heads=1, layers=1, mlp=8)
     files.write_config(tmp_path / "speech", heard)
     assert state.adopt(replace(tiny, fresh=(r"(dit|text)/.*",))).model.speech == heard
     assert (found.dit, found.text) == (tiny.model.dit, tiny.model.text)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 
 from kavatar_jax.checkpoint.weights import read_config
-from kavatar_jax.config import CLIPConfig, DiTConfig, LogMelConfig, UMT5Config, VAEConfig, Wav2Vec2Config, WhisperConfig
-from kavatar_jax.models import clip, dit, log_mel, umt5, vae, wav2vec2, whisper
+from kavatar_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig, Wav2Vec2Config, WhisperConfig
+from kavatar_jax.models import clip, dit, umt5, vae, wav2vec2, whisper
 from kavatar_jax.types import Params
 
 RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
@@ -38,9 +38,7 @@ COMPONENTS = {
     "vae": Component({VAEConfig: vae}, "the video autoencoder"),
     "text": Component({UMT5Config: umt5}, "the text encoder"),
     "image": Component({CLIPConfig: clip}, "the portrait encoder"),
-    "speech": Component(
-        {Wav2Vec2Config: wav2vec2, WhisperConfig: whisper, LogMelConfig: log_mel}, "the speech encoder"
-    ),
+    "speech": Component({Wav2Vec2Config: wav2vec2, WhisperConfig: whisper}, "the speech encoder"),
 }
 
 
@@ -60,5 +58,4 @@ def read_stored(folder: Path, component: str, mine):
     """The network's config as the weights directory describes it; how it is run stays as `mine` says."""
     stored = read_config(folder / component, *COMPONENTS[component].kinds)
     fields = {field.name for field in dataclasses.fields(stored)}.intersection(RUN_FIELDS)
-    kept = {field: getattr(mine, field) for field in fields if hasattr(mine, field)}  # log-mel features have no dtypes
-    return dataclasses.replace(stored, **kept)
+    return dataclasses.replace(stored, **{field: getattr(mine, field) for field in fields})

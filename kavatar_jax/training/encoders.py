@@ -1,6 +1,6 @@
 """Words, faces and voices to features, with or without LoRA branches; what training runs of the three encoders.
 
-params, lora: {component: parameters}, of which each function takes its own; a component without parameters may be missing.
+params, lora: {component: parameters}, of which each function takes its own; without LoRA a component may be missing there.
 """
 
 import jax.numpy as jnp
@@ -31,4 +31,4 @@ def listen(params: Params, samples_BS, model: Config, *, lora: Params | None = N
 
 
 def _variables(component: str, params: Params, lora: Params | None) -> dict[str, Params]:
-    return {"params": params.get(component, {}), "lora": (lora or {}).get(component, {})}
+    return {"params": params[component], "lora": (lora or {}).get(component, {})}

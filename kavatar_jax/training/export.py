@@ -23,7 +23,7 @@ def export(model: Config, components: frozenset[str], whole: Params, folder: Pat
     """
     for name in sorted(components):
         config = getattr(model, name)
-        params = whole["params"].get(name, {})  # log-mel features have none
+        params = whole["params"][name]
         if whole["lora"].get(name):
             params = jax.jit(fold_lora)(params, whole["lora"][name])
         arrays = {path: _on_host(leaf, config.param_dtype) for path, leaf in flatten(params).items()}
