@@ -182,7 +182,9 @@ SpeechConfig = Wav2Vec2Config | WhisperConfig | LogMelConfig
 class SamplingConfig:
     """How latents are drawn.
 
-    shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler does
+    solver: "euler", or Wan2.1's "unipc" and "dpm++"
+    shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler of StableAvatar
+    does, which is Euler's
     text_scale, audio_scale: the two scales of three-branch guidance
     guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
     native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
@@ -204,8 +206,10 @@ class SamplingConfig:
     windows_per_batch: int
     native: tuple[float, float] = (0.0, 0.0)
     guided: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
 
     def __post_init__(self):
+        _one_of("sampling.solver", self.solver, ("euler", "unipc", "dpm++"))
         _one_of("sampling.fusion", self.fusion, ("log", "uniform"))
         _one_of("sampling.indexing", self.indexing, ("exact", "released"))
         _at_least("sampling.steps", self.steps, 1)
