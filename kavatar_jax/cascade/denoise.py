@@ -7,7 +7,7 @@ velocities that are fused where windows overlap, so that a solver moves one vide
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,11 @@ from kavatar_jax.types import Params, Report
 class Told(NamedTuple):
     """What each of W windows is told. `prompt`, `negative` and `view` are rows of the banks that windows share.
 
-    speech: (W, L, D); slices: (W, T, A); prompt, negative, view: (W,); frames: (W,) or None
+    speech: (W, L, D); slices: (W, T, A); both None where nobody speaks; prompt, negative, view: (W,); frames: (W,) or None
     """
 
-    speech: jax.Array
-    slices: jax.Array
+    speech: Any
+    slices: Any
     prompt: jax.Array
     negative: jax.Array
     view: jax.Array
@@ -40,11 +40,14 @@ class Told(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D)."""
+    """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D).
+
+    All but the text are None where the transformer is not told of them.
+    """
 
     text: jax.Array
-    image: jax.Array
-    condition: jax.Array
+    image: Any
+    condition: Any
     director: jax.Array | None
 
 
@@ -109,7 +112,7 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
         latents=per_branch(x),
         timestep=jnp.broadcast_to(timestep, (G * n,)),
         text=shared.text[text],
-        condition=per_branch(shared.condition[told.view]),
+        condition=None if shared.condition is None else per_branch(shared.condition[told.view]),
         image=for_all(shared.image),
         speech=speech,
         slices=per_branch(told.slices),

@@ -64,8 +64,8 @@ def euler(x, velocity, sigma, sigma_next):
 
 def begin(x, plan: Plan) -> History:
     """The state before the first step of a Plan."""
-    used = plan.correct.any(axis=0)
-    kept = used[0], used[2] or plan.predict[:, 2].any(), used[3]
+    corrects, predicts = (np.any(table, axis=0) for table in (plan.correct, plan.predict))
+    kept = corrects[0], corrects[2] or predicts[2], corrects[3]
     return History(x, *(0 * x if keep else None for keep in kept))
 
 
