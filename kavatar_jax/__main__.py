@@ -18,15 +18,24 @@ def kavatar():
 @app.command()
 def generate(
     out: Annotated[Path, typer.Option(help="Where the video goes; FILE.json beside it tells how it was made.")],
-    portrait: Annotated[Path | None, typer.Option(help="Who talks: png, jpeg, webp, ...; without it a puppet.")] = None,
+    portrait: Annotated[
+        Path | None,
+        typer.Option(help="Who talks: png, jpeg, webp, ...; without it a puppet. In mode video the first frame."),
+    ] = None,
+    last_frame: Annotated[Path | None, typer.Option(help="How a video of --mode video ends.")] = None,
     speech: Annotated[Path | None, typer.Option(help="wav, mp3, flac, m4a, ...; without it a synthetic voice.")] = None,
     instruction: Annotated[str, typer.Option(help="What happens, in words.")] = "",
     config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,
     mode: Annotated[
-        str, typer.Option(help="cascade, or single: one pass of sliding windows at full size.")
+        str,
+        typer.Option(
+            help="cascade; single: one pass of sliding windows at full size; video: plain Wan2.1, nobody speaks, from the "
+            "instruction and, where given, the first frame, or first and last."
+        ),
     ] = "cascade",
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    frames: Annotated[int | None, typer.Option(help="How long a video of --mode video is: 4n+1 frames.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
@@ -40,7 +49,7 @@ def generate(
     order = command.Order(
         portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
         mode=mode, size=size, fps=fps, steps=steps, seed=seed, storyline=storyline, storyline_out=storyline_out,
-        fields=tuple(set_ or ()),
+        last_frame=last_frame, frames=frames, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         command.run(order)

@@ -174,11 +174,14 @@ SpeechConfig = Wav2Vec2Config | WhisperConfig
 class SamplingConfig:
     """How latents are drawn.
 
-    shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler does
+    solver: "euler", or Wan2.1's "unipc" and "dpm++"
+    shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler of StableAvatar
+    does, which is Euler's
     text_scale, audio_scale: the two scales of three-branch guidance
     guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
     native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
-    window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows
+    window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows, 0 for windows that
+    do not touch, such as the one of a plain video
     fusion: weights over the overlap, "log", "uniform", "fixed" halves, or "none": the later window laid over the earlier
     indexing: "exact" (every latent frame hears its own frames) or "released" (StableAvatar's slices)
     windows_per_batch: windows denoised together on each slot of the data axis
@@ -196,8 +199,10 @@ class SamplingConfig:
     windows_per_batch: int
     native: tuple[float, float] = (0.0, 0.0)
     guided: tuple[float, float] = (0.0, 1.0)
+    solver: str = "euler"
 
     def __post_init__(self):
+        _one_of("sampling.solver", self.solver, ("euler", "unipc", "dpm++"))
         _one_of("sampling.fusion", self.fusion, ("log", "uniform", "fixed", "none"))
         _one_of("sampling.indexing", self.indexing, ("exact", "released"))
         _at_least("sampling.steps", self.steps, 1)
@@ -211,10 +216,10 @@ class SamplingConfig:
                 f"sampling.window_frames is {self.window_frames}; it must be 4n+1 and at least 5, as in 81"
             )
         latents = (self.window_frames - 1) // 4 + 1
-        if not 2 <= self.overlap < latents:
+        if self.overlap and not 2 <= self.overlap < latents:
             raise ValueError(
                 f"sampling.overlap is {self.overlap}; a window of {self.window_frames} frames has {latents} latent "
-                f"frames, so choose 2 to {latents - 1}"
+                f"frames, so choose 0, or 2 to {latents - 1}"
             )
 
     @property

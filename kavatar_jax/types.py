@@ -47,6 +47,16 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A plain video that the user asked for. first, last: its frames there, (H, W, 3) uint8 at its size, where given."""
+
+    instruction: str
+    first: np.ndarray | None = None
+    last: np.ndarray | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shot:
     """One span of the performance and what happens in it. start, end: seconds, end exclusive."""
 
@@ -144,5 +154,5 @@ class Video:
     images: Iterator[np.ndarray]
     frames: int
     fps: int
-    speech: Speech
+    speech: Speech | None
     cuts: tuple[int, ...] = ()

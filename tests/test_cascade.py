@@ -140,6 +140,30 @@ def test_guidance_may_be_for_some_noise_levels_only(weights, config):
     assert (always != plain).any() and (first != plain).any() and (first != always).any()
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_windows_agree_where_they_overlap_whatever_the_solver_remembers(weights, config, solver):
+    config = set_fields(config, [f"sampling.solver={solver}", "sampling.steps=4", "sampling.overlap=3"])
+    conditions = encode(request := make_request(config, 2.0), direct(request), weights, config, silent)
+    windows, told, shared = tell_windows(conditions, weights, config)
+    noise, steps = draw_noise(0, windows, config), []
+    latents = denoise(
+        weights.dit,
+        noise,
+        told,
+        shared,
+        windows,
+        config.dit,
+        config.sampling,
+        stage="",
+        report=lambda *a: steps.append(a),
+    )
+    assert windows.count > 1 and len(steps) == 4
+    scale = np.abs(latents).max()
+    for k in range(windows.count - 1):
+        np.testing.assert_allclose(latents[k + 1, :3], latents[k, -3:], atol=1e-5 * scale)
+    assert np.abs(latents[1, 3:6] - latents[0, -3:]).max() > 0.1 * scale
+
+
 def test_one_program_serves_two_lengths(weights, config):
     lengths = 2.9, 3.2
     counts = [plan_windows(int(seconds * SAMPLE_RATE), config) for seconds in lengths]

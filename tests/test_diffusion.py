@@ -1,10 +1,13 @@
 """Schedules, guidance, solvers and windows in closed form, and the recorded sliding-window sampler."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from configs import demo
 from kavatar_jax.diffusion import guidance, solver
 from kavatar_jax.diffusion.flow import (
     add_noise,
@@ -55,10 +58,9 @@ def gaussian_velocity(x, sigma, mean=1.5, deviation=0.3):
 
 
 def solve(plan, z):
-    history = solver.begin(z)
-    for i in range(len(plan.timesteps)):
-        sigma = plan.sigmas[i]
-        history = solver.advance(history, gaussian_velocity(history.x, sigma), sigma, plan.correct[i], plan.predict[i])
+    history = solver.begin(z, plan)
+    for move in plan.moves:
+        history = solver.advance(history, gaussian_velocity(history.x, move.sigma), move)
     return history.x
 
 
@@ -67,10 +69,8 @@ def test_solvers_converge_to_the_gaussian_they_flow_to():
     wanted = 1.5 + 0.3 * z
 
     def euler_error(steps):
-        x, sigmas = z, sampling_sigmas(steps, 1.0, double_shift=False)
-        for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
-            x = euler(x, gaussian_velocity(x, sigma), sigma, below)
-        return float(jnp.abs(x - wanted).max())
+        plan = solver.euler_plan(sampling_sigmas(steps, 1.0, double_shift=False))
+        return float(jnp.abs(solve(plan, z) - wanted).max())
 
     def error(make, steps):
         return float(jnp.abs(solve(make(steps, 1.0), z) - wanted).max())
@@ -78,6 +78,27 @@ def test_solvers_converge_to_the_gaussian_they_flow_to():
     assert euler_error(200) < 0.02 and euler_error(200) < euler_error(50) / 2.5
     for make in (solver.unipc, solver.dpm_solver):
         assert error(make, 20) < euler_error(50) and error(make, 20) < 0.02
+
+
+def test_a_plan_of_euler_is_euler():
+    x = z = jnp.linspace(-2, 2, 9)
+    sigmas = sampling_sigmas(10, 5.0, double_shift=True)
+    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = euler(x, gaussian_velocity(x, sigma), sigma, below)
+    np.testing.assert_allclose(solve(solver.euler_plan(sigmas), z), x, atol=1e-6)
+
+
+def test_plans_keep_only_what_they_look_back_to():
+    sampling = demo.tiny().sampling
+    kept = {
+        name: solver.begin(np.ones(1), solver.plan_of(replace(sampling, solver=name, steps=4)))
+        for name in ("euler", "unipc", "dpm++")
+    }
+    assert {name: [part is not None for part in history] for name, history in kept.items()} == {
+        "euler": [True, False, False, False],
+        "unipc": [True, True, True, True],
+        "dpm++": [True, False, True, False],
+    }
 
 
 def test_three_branches_combine_as_released():

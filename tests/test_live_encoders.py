@@ -22,7 +22,7 @@ def weights_of(network, seed):
         for name, parameter in network.named_parameters():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 0
             drawn = torch.randn(parameter.shape, generator=generator)
-            gain = re.search(r"norm\d?\.weight$|original0$", name)
+            gain = re.search(r"norm\w*\.weight$|gamma$|original0$", name)
             parameter.copy_(1 + 0.1 * drawn if gain else drawn * (fan_in**-0.5 if fan_in else 0.1))
     return network.eval(), {key: tensor.detach().numpy() for key, tensor in network.state_dict().items()}
 

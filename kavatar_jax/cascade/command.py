@@ -12,7 +12,8 @@ import jax
 from rich.console import Console
 
 import kavatar_jax
-from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
+from kavatar_jax.cascade.film import pictures_wanted
+from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass, generate_without_speech
 from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs
 from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.console import Display, keep_compiled_programs
@@ -27,9 +28,12 @@ from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.stage import render_portrait
 from kavatar_jax.puppets.voice import sample_voice, utter
-from kavatar_jax.types import Request, Speech, Storyline
+from kavatar_jax.types import Request, Scene, Speech, Storyline
 
-MODES = ("cascade", "single")
+MODES = ("cascade", "single", "video")
+# by how many pictures a plain video is made from: what it is called, and the settings it gets unless others are asked for
+KINDS = ("words alone", "a portrait", "a portrait and a last frame")
+PLAIN_CONFIGS = ("wan:t2v_1b", "wan:i2v_480p", "wan:flf2v_720p")
 PUPPET, PUPPET_SECONDS = 7, 10.0  # who talks, and how long, where no portrait and no speech are given
 DEMO = Path(kavatar_jax.__file__).parent / "demo"  # the weights that come with the package
 UNTRAINED_SEED = 0  # of the networks that stand in where there are no weights for a config
@@ -52,6 +56,8 @@ class Order:
     seed: int
     storyline: Path | None
     storyline_out: Path | None
+    last_frame: Path | None
+    frames: int | None
     fields: tuple[str, ...]
 
 
@@ -60,19 +66,19 @@ def run(order: Order) -> None:
     console = Console(stderr=True)
     keep_compiled_programs()
     config = read_order(order)
-    request = read_request(order, config)
-    if is_silent(request.speech):
-        console.print(f"{order.speech} is silent: the mouth will stay closed")
-    plan = read_plan(order, request)
-    if order.storyline_out:
-        write_storyline(plan, order.storyline_out)
+    if order.mode == "video":
+        request, plan = read_scene(order, config), None
+    else:
+        request, plan = _read_performance(order, config, console)
 
     started = time.perf_counter()
-    with jax.set_mesh(make_mesh()), Display(console) as display:
+    # windows are spread over the devices; where there is only one, its tokens are
+    mesh = make_mesh(data=1, context=-1) if order.mode == "video" else make_mesh()
+    with jax.set_mesh(mesh), Display(console) as display:
         weights = _open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
-        write_video(order.out, video.images, fps=video.fps, speech=request.speech, seconds=video.frames / video.fps)
+        write_video(order.out, video.images, fps=video.fps, speech=video.speech, seconds=video.frames / video.fps)
     sidecar = _describe(order, config, plan, display.seconds, video.frames, time.perf_counter() - started)
     _write_whole(sidecar_path(order.out), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
     console.print(f"{order.out}: {video.frames} frames, {video.frames / video.fps:.1f} s of video")
@@ -82,7 +88,8 @@ def read_order(order: Order) -> Config:
     """The run's config, after checking every path and number of the order that can be checked without work."""
     if order.mode not in MODES:
         raise ValueError(f"--mode {order.mode} is not one of {', '.join(MODES)}")
-    config = load_config(order.config or ("demo" if order.weights is None else "stableavatar"))
+    _check_mode(order)
+    config = load_config(order.config or _usual_config(order))
     if not isinstance(config, Config):
         raise ValueError(f"--config {order.config} describes a training run; `kavatar train` takes it")
     fields = []
@@ -94,15 +101,26 @@ def read_order(order: Order) -> Config:
         check_size(width, height, config.grain)
         config = dataclasses.replace(config, width=width, height=height)
     fields += [f"fps={order.fps}"] if order.fps is not None else []
+    fields += [f"sampling.window_frames={order.frames}"] if order.frames is not None else []
     fields += [f"sampling.steps={order.steps}"] if order.steps is not None else []
     config = set_fields(config, [*fields, *order.fields])
     folder = find_weights(order, config)
     if folder is not None:
         config = read_configs(folder, config)
+    _check_network(order, config)
     check_writable(order.out)
     if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
         raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
     return config
+
+
+def read_scene(order: Order, config: Config) -> Scene:
+    """What a plain video is made from."""
+    size = config.width, config.height
+    first, last = (
+        None if path is None else load_portrait(path, size=size) for path in (order.portrait, order.last_frame)
+    )
+    return Scene(instruction=order.instruction, first=first, last=last, seed=order.seed)
 
 
 def read_request(order: Order, config: Config) -> Request:
@@ -135,6 +153,70 @@ def sidecar_path(out: Path) -> Path:
     return out.with_suffix(".json")
 
 
+def _check_mode(order: Order) -> None:
+    """ValueError for options that the mode has no use for."""
+    if order.mode != "video":
+        for name, value in (("--last-frame", order.last_frame), ("--frames", order.frames)):
+            if value is not None:
+                raise ValueError(f"{name} {value} is for --mode video; a talking video is as long as its speech")
+        return
+    spoken = {"--speech": order.speech, "--storyline": order.storyline, "--storyline-out": order.storyline_out}
+    for name, value in spoken.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} {value}: nobody speaks in --mode video; leave it out, or use --mode cascade or single"
+            )
+    if order.portrait is None and order.last_frame is not None:
+        raise ValueError(f"--last-frame {order.last_frame} needs the first frame too: --portrait FILE")
+    if order.portrait is None and not order.instruction:
+        raise ValueError("--mode video without a picture has words alone to go by; give --instruction TEXT")
+    if order.frames is not None and (order.frames < 5 or order.frames % 4 != 1):
+        raise ValueError(
+            f"--frames {order.frames} is not 4n+1; the nearest is {4 * max(1, round((order.frames - 1) / 4)) + 1}"
+        )
+
+
+def _usual_config(order: Order) -> str:
+    if order.mode == "video":
+        if order.weights is None:
+            raise ValueError(
+                "--mode video needs Wan2.1's weights: --weights DIR, made by tools/convert_checkpoint.py; or try it "
+                "untrained with --config wan:tiny"
+            )
+        return PLAIN_CONFIGS[_pictures_given(order)]
+    return "demo" if order.weights is None else "stableavatar"
+
+
+def _check_network(order: Order, config: Config) -> None:
+    """ValueError if the transformer was made for another mode or other pictures."""
+    name = order.weights or f"--config {config.name}"
+    if order.mode != "video":
+        if config.dit.audio is None:
+            raise ValueError(f"{name} does not listen to speech; use it with --mode video")
+    elif config.dit.audio is not None:
+        raise ValueError(f"{name} is made for speech: use --mode cascade or single, or plain Wan2.1's weights")
+    elif (wanted := pictures_wanted(config.dit)) != (given := _pictures_given(order)):
+        raise ValueError(
+            f"{name} makes a video from {KINDS[wanted]}, and {KINDS[given]} is given; that is for models such as "
+            f"{PLAIN_CONFIGS[given]}"
+        )
+
+
+def _pictures_given(order: Order) -> int:
+    return (order.portrait is not None) + (order.last_frame is not None)
+
+
+def _read_performance(order: Order, config: Config, console: Console) -> tuple[Request, Storyline]:
+    """Who says what, and the plan for it, which is written where it is asked for."""
+    request = read_request(order, config)
+    if is_silent(request.speech):
+        console.print(f"{order.speech} is silent: the mouth will stay closed")
+    plan = read_plan(order, request)
+    if order.storyline_out:
+        write_storyline(plan, order.storyline_out)
+    return request, plan
+
+
 def _open_weights(order: Order, config: Config, console: Console) -> Weights:
     folder = find_weights(order, config)
     if folder is None:
@@ -160,22 +242,26 @@ def _warn_of_demo(order: Order, config: Config, console: Console) -> None:
         )
 
 
-def _draw(order: Order, request: Request, plan: Storyline, weights: Weights, config: Config, report):
+def _draw(order: Order, request: Request | Scene, plan: Storyline | None, weights: Weights, config: Config, report):
+    if isinstance(request, Scene):
+        return generate_without_speech(request, weights, config, report=report)
+    assert plan is not None
     if order.mode == "single":
         return generate_in_one_pass(request, lambda _: plan, weights, config, report=report)
     landmarker, _ = open_landmarker()
     return generate(request, lambda _: plan, weights, config, landmarker=landmarker, report=report)
 
 
-def _describe(order: Order, config: Config, plan: Storyline, seconds: dict, frames: int, total: float) -> dict:
+def _describe(order: Order, config: Config, plan: Storyline | None, seconds: dict, frames: int, total: float) -> dict:
     """How the video was made, for the file beside it."""
     packages = ("jax", "jaxlib", "flax", "numpy")
+    story = plan and {"summary": plan.summary, "shots": [dataclasses.asdict(shot) for shot in plan.shots]}
     return {
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "order": {name: str(value) if isinstance(value, Path) else value for name, value in vars(order).items()},
         "frames": frames,
         "config": dataclasses.asdict(config),
-        "storyline": {"summary": plan.summary, "shots": [dataclasses.asdict(shot) for shot in plan.shots]},
+        **({"storyline": story} if story else {}),
         "seconds": {**{stage: round(value, 2) for stage, value in seconds.items()}, "total": round(total, 2)},
         "devices": [str(device) for device in jax.devices()],
         "versions": {"kavatar_jax": kavatar_jax.__version__, **{p: importlib.metadata.version(p) for p in packages}},

@@ -2,11 +2,12 @@
 
 One compiled program serves every length of speech: windows are padded to few batch sizes, and the step is called once per
 noise level from the host, so that progress shows and an interrupt is heard. Windows are spread over the mesh's data and
-fsdp axes; on each slot `windows_per_batch` of them go through the model together, one group after the other.
+fsdp axes; on each slot `windows_per_batch` of them go through the model together, one group after the other. It is the
+velocities that are fused where windows overlap, so that a solver moves one video, whatever it remembers of earlier steps.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import numpy as np
 
 from kavatar_jax.config import Config, DiTConfig, SamplingConfig
 from kavatar_jax.diffusion import guidance
-from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
+from kavatar_jax.diffusion.flow import TRAIN_STEPS
 from kavatar_jax.diffusion.guidance import Branch
-from kavatar_jax.diffusion.solver import euler
+from kavatar_jax.diffusion.solver import History, Move, advance, begin, plan_of
 from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
 from kavatar_jax.models.dit import DiT, Inputs
 from kavatar_jax.parallel.mesh import current
@@ -27,11 +28,11 @@ from kavatar_jax.types import Params, Report
 class Told(NamedTuple):
     """What each of W windows is told. `prompt`, `negative` and `view` are rows of the banks that windows share.
 
-    speech: (W, L, D); slices: (W, T, A); prompt, negative, view: (W,); frames: (W,) or None
+    speech: (W, L, D); slices: (W, T, A); both None where nobody speaks; prompt, negative, view: (W,); frames: (W,) or None
     """
 
-    speech: jax.Array
-    slices: jax.Array
+    speech: Any
+    slices: Any
     prompt: jax.Array
     negative: jax.Array
     view: jax.Array
@@ -39,11 +40,14 @@ class Told(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D)."""
+    """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D).
+
+    All but the text are None where the transformer is not told of them.
+    """
 
     text: jax.Array
-    image: jax.Array
-    condition: jax.Array
+    image: Any
+    condition: Any
     director: jax.Array | None
 
 
@@ -52,38 +56,39 @@ def denoise(
     config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
 ) -> np.ndarray:  # fmt: skip
     """Take noise (slots, T, h, w, C) to latents of the same shape on the host, overlaps fused; x is used up."""
-    sigmas = sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift)
+    plan = plan_of(sampling)
     first, later = step_weights(windows, sampling)
     mesh = current()
-    x = jax.device_put(x, batch_sharding(mesh))
+    history = begin(jax.device_put(x, batch_sharding(mesh)), plan)
     told, shared = jax.device_put(told, batch_sharding(mesh)), jax.device_put(shared, replicated(mesh))
     group = group_size(windows.count, sampling)
-    for i in range(sampling.steps):
-        x = step(
-            params, x, sigmas[i], sigmas[i + 1], first if i == 0 else later, told, shared,
-            config=config, branches=guidance.branches_of(sampling, float(sigmas[i])), group=group, stride=windows.stride,
+    for i, move in enumerate(plan.moves):
+        history = step(
+            params, history, move, first if i == 0 else later, told, shared,
+            config=config, branches=guidance.branches_of(sampling, float(move.sigma)), group=group, stride=windows.stride,
         )  # fmt: skip
-        jax.block_until_ready(x)
+        jax.block_until_ready(history)
         report(stage, i + 1, sampling.steps)
-    return np.asarray(x)
+    return np.asarray(history.x)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "branches", "group", "stride"), donate_argnames="x")
+@functools.partial(jax.jit, static_argnames=("config", "branches", "group", "stride"), donate_argnames="history")
 def step(
-    params, x, sigma, sigma_next, weights, told: Told, shared: Shared, *, config, branches, group: int, stride: int
-):
-    """x (W, T, h, w, C) at sigma -> x at sigma_next, fused by `weights` (W, T)."""
-    x = constrain(x, "batch", None, None, None, None)
-    timestep = sigma * TRAIN_STEPS
+    params, history: History, move: Move, weights, told: Told, shared: Shared,
+    *, config: DiTConfig, branches: tuple[Branch, ...], group: int, stride: int,
+) -> History:  # fmt: skip
+    """Samples (W, T, h, w, C) at move.sigma -> at the next noise level; velocities are fused by `weights` (W, T)."""
+    history = _spread(history)
+    # what predicts clean latents turns them into a velocity by the timestep, which must then be the exact one
+    timestep = move.timestep if config.predicts == "velocity" else move.sigma * TRAIN_STEPS
 
-    def advance(windows):
+    def guided(windows):
         velocities = branch_velocities(params, timestep, shared, config, branches, *windows)
-        return euler(windows[0], guidance.combine(velocities, branches), sigma, sigma_next)
+        return guidance.combine(velocities, branches)
 
-    cut, join = _grouped(x.shape[0], group)
-    x = join(jax.lax.map(advance, jax.tree.map(cut, (x, told))))
-    x = fuse(x, weights, stride)
-    return constrain(x, "batch", None, None, None, None)
+    cut, join = _grouped(history.x.shape[0], group)
+    velocity = join(jax.lax.map(guided, jax.tree.map(cut, (history.x, told))))
+    return _spread(advance(history, fuse(velocity, weights, stride), move))
 
 
 def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
@@ -107,7 +112,7 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
         latents=per_branch(x),
         timestep=jnp.broadcast_to(timestep, (G * n,)),
         text=shared.text[text],
-        condition=per_branch(shared.condition[told.view]),
+        condition=None if shared.condition is None else per_branch(shared.condition[told.view]),
         image=for_all(shared.image),
         speech=speech,
         slices=per_branch(told.slices),
@@ -144,7 +149,12 @@ def _draw(key, frames_WT, shape):
     def draw(frame):
         return jax.random.normal(jax.random.fold_in(key, frame), shape)
 
-    return constrain(jax.vmap(jax.vmap(draw))(frames_WT), "batch", None, None, None, None)
+    return _spread(jax.vmap(jax.vmap(draw))(frames_WT))
+
+
+def _spread(windows):
+    """Every (W, T, h, w, C) of a tree with its windows over the batch axes of the mesh."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", None, None, None, None), windows)
 
 
 def _grouped(count: int, group: int):

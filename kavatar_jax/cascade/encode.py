@@ -16,16 +16,14 @@ def encode(request: Request, storyline: Storyline, weights: Weights, config: Con
     prompts = [shot.prompt for shot in storyline.shots]
     negatives = [", ".join(filter(None, (config.negative_prompt, shot.negative))) for shot in storyline.shots]
     unique = list(dict.fromkeys(prompts + negatives))
-    texts = np.stack([_encode_text(text, i, len(unique), weights, config, report) for i, text in enumerate(unique)])
     row = {text: i for i, text in enumerate(unique)}
-    pixels = clip.preprocess(to_signed(request.portrait)[None], config.image)
-    face = _see(config.image, weights.image, pixels)
+    face = look_at(request.portrait, weights, config)
     frames, _ = plan_latents(len(request.speech.samples), config.fps, config.sampling)
     return Conditions(
         frames=frames,
         fps=config.fps,
         seed=request.seed,
-        texts=texts,
+        texts=encode_texts(unique, weights, config, report),
         spans=np.array([(shot.start, shot.end) for shot in storyline.shots]),
         prompts=np.array([row[text] for text in prompts], np.int32),
         negatives=np.array([row[text] for text in negatives], np.int32),
@@ -44,14 +42,17 @@ def to_signed(image: np.ndarray) -> np.ndarray:
 
 def embed_faces(images: np.ndarray, weights: Weights, config: Config) -> np.ndarray:
     """Identity embeddings of (n, H, W, 3) uint8 images: (n, E)."""
-    return np.stack(
-        [
-            np.asarray(
-                _see(config.image, weights.image, clip.preprocess(to_signed(image)[None], config.image)).embedding[0]
-            )
-            for image in images
-        ]
-    )
+    return np.stack([np.asarray(look_at(image, weights, config).embedding[0]) for image in images])
+
+
+def look_at(image: np.ndarray, weights: Weights, config: Config) -> clip.Outputs:
+    """What the image encoder makes of one picture, (H, W, 3) uint8: tokens (1, L, D) and an embedding (1, E)."""
+    return _see(config.image, weights.image, clip.preprocess(to_signed(image)[None], config.image))
+
+
+def encode_texts(texts: list[str], weights: Weights, config: Config, report: Report) -> np.ndarray:
+    """(N, text_length, D), zero rows after the last token: what the transformer expects of padding."""
+    return np.stack([_encode_text(text, i, len(texts), weights, config, report) for i, text in enumerate(texts)])
 
 
 def shot_at(conditions: Conditions, start: float, end: float) -> int:
@@ -61,7 +62,6 @@ def shot_at(conditions: Conditions, start: float, end: float) -> int:
 
 
 def _encode_text(text: str, done: int, total: int, weights: Weights, config: Config, report: Report) -> np.ndarray:
-    """(text_length, D), zero rows after the last token: what the transformer expects of padding."""
     ids, mask = weights.tokenizer([text], config.dit.text_length)
     features = np.asarray(_read(config.text, weights.text, ids, mask)[0], np.float32)
     report("reading prompts", done + 1, total)

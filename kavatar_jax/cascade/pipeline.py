@@ -5,12 +5,13 @@ from typing import Any
 
 from kavatar_jax.cascade.blueprint import at_blueprint_size, draw_blueprint
 from kavatar_jax.cascade.encode import encode
+from kavatar_jax.cascade.film import draw_film
 from kavatar_jax.cascade.keyframes import pick_keyframes
 from kavatar_jax.cascade.stitch import stitch
 from kavatar_jax.cascade.subclips import render_subclips
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
-from kavatar_jax.types import Report, Request, Storyline, Video, silent
+from kavatar_jax.types import Report, Request, Scene, Storyline, Video, silent
 
 Director = Callable[[Request], Storyline]
 
@@ -27,7 +28,7 @@ def generate(
     blueprint = draw_blueprint(conditions, weights, at_blueprint_size(config), report)  # the whole performance, small
     keyframes = pick_keyframes(blueprint, storyline, conditions, weights, config, report, landmarker)
     clips = render_subclips(keyframes, conditions, weights, config, report)  # all at once, over the mesh
-    return stitch(clips, request, conditions, weights, config, report)
+    return stitch(clips, weights, config, report, frames=conditions.frames, speech=request.speech)
 
 
 def generate_in_one_pass(
@@ -37,4 +38,10 @@ def generate_in_one_pass(
     storyline = director(request)
     conditions = encode(request, storyline, weights, config, report)
     performance = draw_blueprint(conditions, weights, config, report)
-    return stitch(performance, request, conditions, weights, config, report)
+    return stitch(performance, weights, config, report, frames=conditions.frames, speech=request.speech)
+
+
+def generate_without_speech(scene: Scene, weights: Weights, config: Config, *, report: Report = silent) -> Video:
+    """Plain Wan2.1: a short video in one window, from words and, where given, its first frame, or first and last."""
+    film = draw_film(scene, weights, config, report)
+    return stitch(film, weights, config, report, frames=film.frames, speech=None)

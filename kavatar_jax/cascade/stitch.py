@@ -7,20 +7,19 @@ import numpy as np
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
 from kavatar_jax.models import vae
-from kavatar_jax.types import Blueprint, Clips, Conditions, Report, Request, Video
+from kavatar_jax.types import Blueprint, Clips, Report, Speech, Video
 
 
 def stitch(
-    clips: Clips | Blueprint, request: Request, conditions: Conditions, weights: Weights, config: Config, report: Report
+    clips: Clips | Blueprint, weights: Weights, config: Config, report: Report, *, frames: int, speech: Speech | None
 ) -> Video:
-    """One video of conditions.frames frames; the frame that two clips share appears once."""
+    """One video of so many frames; the frame that two clips share appears once."""
     if isinstance(clips, Clips):
-        frames = _join(clips, weights, config)
+        images = _join(clips, weights, config)
         cuts = tuple(int(cut) for cut in 4 * np.cumsum(np.array(clips.lengths) - 1)[:-1])
     else:
-        frames, cuts = decode(clips.latents, weights, config), ()
-    images = _counted(frames, conditions.frames, report)
-    return Video(images=images, frames=conditions.frames, fps=config.fps, speech=request.speech, cuts=cuts)
+        images, cuts = decode(clips.latents, weights, config), ()
+    return Video(images=_counted(images, frames, report), frames=frames, fps=config.fps, speech=speech, cuts=cuts)
 
 
 def decode(latents: np.ndarray, weights: Weights, config: Config) -> Iterator[np.ndarray]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kavatar_jax.checkpoint.weights import load_component
-from kavatar_jax.config import Config
+from kavatar_jax.config import Config, DiTConfig
 from kavatar_jax.media.text import load_tokenizer
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.mesh import current
@@ -24,27 +24,43 @@ SOURCES = {  # which released file each part of a weights directory is converted
     "speech": "wav2vec2-base-960h/",
     "tokenizer": "Wan2.1-Fun-V1.1-1.3B-InP/google/umt5-xxl/",
 }
+PLAIN_SOURCES = {  # the same of a transformer that hears nothing
+    "dit": "diffusion_pytorch_model.safetensors or its shards",
+    "vae": "Wan2.1_VAE.pth",
+    "text": "models_t5_umt5-xxl-enc-bf16.pth",
+    "image": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "tokenizer": "google/umt5-xxl/",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Parameters of each network, and the tokenizer: (texts, length) -> ids and mask, both (n, length)."""
+    """Parameters of each network, and the tokenizer: (texts, length) -> ids and mask, both (n, length).
+
+    image, speech: empty where the transformer has no use for the encoder
+    """
 
     dit: Params
     vae: Params
     text: Params
-    image: Params
-    speech: Params
     tokenizer: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+    image: Params = dataclasses.field(default_factory=dict)
+    speech: Params = dataclasses.field(default_factory=dict)
 
 
 def read_configs(folder: Path, config: Config) -> Config:
     """The run's config with the networks as the weights directory describes them; how they are run stays the run's.
 
-    ValueError if a part is missing, described by another version, or not made for the others.
+    ValueError if a part is missing, described by another version, or not made for the others, and if a run in which
+    somebody speaks is given a transformer that does not listen.
     """
-    check_complete(folder)
-    found = {name: read_stored(folder, name, getattr(config, name)) for name in COMPONENTS}
+    dit = read_stored(folder, "dit", config.dit) if _is_there(folder, "dit") else config.dit
+    if config.dit.audio is not None and (dit.audio is None or dit.in_channels == dit.out_channels):
+        raise ValueError(
+            f"{folder / 'dit'} does not listen to speech or does not see a portrait; it needs {SOURCES['dit']}"
+        )
+    check_complete(folder, dit)
+    found = {name: read_stored(folder, name, getattr(config, name)) for name in parts_of(dit)}
     read = dataclasses.replace(config, **found)
     _check_fit(folder, read)
     return read
@@ -52,9 +68,9 @@ def read_configs(folder: Path, config: Config) -> Config:
 
 def load_weights(folder: Path, config: Config) -> Weights:
     """Read every network onto the current mesh, sharded by its AXES."""
-    check_complete(folder)
+    check_complete(folder, config.dit)
     mesh, loaded = current(), {}
-    for name in COMPONENTS:
+    for name in parts_of(config.dit):
         part = getattr(config, name)
         wanted, axes = abstract(name, part), model_of(name, part).AXES
         loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh))
@@ -77,19 +93,30 @@ def draw_untrained(config: Config, seed: int, tokenizer) -> Weights:
 
     params = {
         name: jax.device_put(jax.tree_util.tree_map_with_path(draw, abstract(name, getattr(config, name))))
-        for name in COMPONENTS
+        for name in parts_of(config.dit)
     }
     return Weights(**params, tokenizer=tokenizer)
 
 
-def check_complete(folder: Path) -> None:
-    """ValueError that lists every part that is missing and the released file it comes from."""
+def parts_of(dit: DiTConfig | None = None) -> tuple[str, ...]:
+    """The networks that a run needs beside such a transformer; all of them if somebody speaks."""
+    if dit is None or dit.audio is not None:
+        return tuple(COMPONENTS)
+    return ("dit", "vae", "text") if dit.image_width is None else ("dit", "vae", "text", "image")
+
+
+def check_complete(folder: Path, dit: DiTConfig | None = None) -> None:
+    """ValueError that lists every part that is missing and the released file it comes from.
+
+    dit: the transformer that the parts are for, if it is known; else all are wanted
+    """
     if not folder.is_dir():
         raise ValueError(f"there is no weights directory {folder}; make one with tools/convert_checkpoint.py")
-    there = {name: all((folder / name / part).is_file() for part in PARTS) for name in COMPONENTS}
+    sources = SOURCES if dit is None or dit.audio is not None else PLAIN_SOURCES
+    there = {name: _is_there(folder, name) for name in parts_of(dit)}
     # a vocabulary, or the config.json of a tokenizer that needs none
     there["tokenizer"] = any((folder / "tokenizer" / part).is_file() for part in ("tokenizer.json", "config.json"))
-    missing = [f"{name} (from {SOURCES[name]})" for name in there if not there[name]]
+    missing = [f"{name} (from {sources[name]})" for name in there if not there[name]]
     if missing:
         raise ValueError(
             f"the weights directory {folder} is incomplete; missing: {', '.join(missing)}. Fetch the released files and run "
@@ -97,14 +124,15 @@ def check_complete(folder: Path) -> None:
         )
 
 
+def _is_there(folder: Path, name: str) -> bool:
+    return all((folder / name / part).is_file() for part in PARTS)
+
+
 def _check_fit(folder: Path, config: Config) -> None:
     """What the transformer expects of the encoders is what they give."""
-    audio = config.dit.audio
-    if audio is None or config.dit.in_channels == config.dit.out_channels:
-        raise ValueError(
-            f"{folder / 'dit'} does not listen to speech or does not see a portrait; it needs {SOURCES['dit']}"
-        )
-    pairs = {"text": (config.dit.text_width, config.text.width), "speech": (audio.speech_width, config.speech.width)}
+    pairs = {"text": (config.dit.text_width, config.text.width)}
+    if config.dit.audio is not None:
+        pairs["speech"] = (config.dit.audio.speech_width, config.speech.width)
     if config.dit.image_width is not None:
         pairs["image"] = (config.dit.image_width, config.image.width)
     odd = [f"{name} of width {given}, expected {wanted}" for name, (wanted, given) in pairs.items() if wanted != given]

@@ -8,7 +8,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kavatar_jax.diffusion.flow import TRAIN_STEPS, predicted_clean, time_shift
+from kavatar_jax.config import SamplingConfig
+from kavatar_jax.diffusion.flow import TRAIN_STEPS, predicted_clean, sampling_sigmas, time_shift
+
+
+class Move(NamedTuple):
+    """One step of a Plan, a row of each of its tables."""
+
+    sigma: np.ndarray
+    timestep: np.ndarray
+    correct: np.ndarray
+    predict: np.ndarray
 
 
 class Plan(NamedTuple):
@@ -23,14 +33,28 @@ class Plan(NamedTuple):
     correct: np.ndarray
     predict: np.ndarray
 
+    @property
+    def moves(self) -> list[Move]:
+        return [Move(*row) for row in zip(self.sigmas[:-1], *self[1:], strict=True)]
+
 
 class History(NamedTuple):
-    """x: the sample; before: the sample that the last step started from; last, older: earlier clean predictions."""
+    """x: the sample; before: the sample that the last step started from; last, older: earlier clean predictions.
+
+    What a Plan never looks back to is None.
+    """
 
     x: np.ndarray
-    before: np.ndarray
-    last: np.ndarray
-    older: np.ndarray
+    before: np.ndarray | None
+    last: np.ndarray | None
+    older: np.ndarray | None
+
+
+def plan_of(sampling: SamplingConfig) -> Plan:
+    """The schedule and the solver that a run's config asks for."""
+    if sampling.solver == "euler":
+        return euler_plan(sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift))
+    return {"unipc": unipc, "dpm++": dpm_solver}[sampling.solver](sampling.steps, sampling.shift)
 
 
 def euler(x, velocity, sigma, sigma_next):
@@ -38,20 +62,28 @@ def euler(x, velocity, sigma, sigma_next):
     return x + (sigma_next - sigma) * velocity
 
 
-def begin(x) -> History:
+def begin(x, plan: Plan) -> History:
     """The state before the first step of a Plan."""
-    return History(x, x, 0 * x, 0 * x)
+    corrects, predicts = (np.any(table, axis=0) for table in (plan.correct, plan.predict))
+    kept = corrects[0], corrects[2] or predicts[2], corrects[3]
+    return History(x, *(0 * x if keep else None for keep in kept))
 
 
-def advance(history: History, velocity, sigma, correct, predict) -> History:
-    """One step of a Plan: `velocity` is the model's at history.x; sigma, correct, predict are the step's row."""
-    clean = predicted_clean(history.x, velocity, sigma)
-    known = (history.before, clean, history.last, history.older)
+def advance(history: History, velocity, move: Move) -> History:
+    """One step of a Plan: `velocity` is the model's at history.x."""
+    clean = predicted_clean(history.x, velocity, move.sigma)
     # a row of zeros leaves the predicted sample as it is: the first step, and solvers that do not correct
-    keep = 1.0 * (abs(correct).sum() == 0)
-    x = keep * history.x + sum(weight * part for weight, part in zip(correct, known, strict=True))
-    following = predict[0] * x + predict[1] * clean + predict[2] * history.last
-    return History(following, x, clean, history.last)
+    keep = 1.0 * (abs(move.correct).sum() == 0)
+    x = keep * history.x + _weighted(move.correct, history.before, clean, history.last, history.older)
+    new = History(_weighted(move.predict, x, clean, history.last), x, clean, history.last)
+    return History(*(None if old is None else part for old, part in zip(history, new, strict=True)))
+
+
+def euler_plan(sigmas: np.ndarray) -> Plan:
+    """Euler over any noise levels (n + 1,): on the line from the sample to the newest prediction."""
+    ratio = sigmas[1:].astype(np.float64) / sigmas[:-1]
+    predict = np.stack([ratio, 1 - ratio, 0 * ratio], axis=1)
+    return Plan(sigmas, sigmas[:-1] * TRAIN_STEPS, np.zeros((len(ratio), 4)), predict)
 
 
 def unipc(steps: int, shift: float) -> Plan:
@@ -85,6 +117,10 @@ def dpm_solver(steps: int, shift: float) -> Plan:
     orders = [1 if i in (0, steps - 1) else 2 for i in range(steps)]
     predict = np.array([_predictor(i, sigmas, alpha, lam, order) for i, order in enumerate(orders)])
     return Plan(sigmas.astype(np.float32), _whole_timesteps(sigmas), np.zeros((steps, 4)), predict)
+
+
+def _weighted(weights, *parts):
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True) if part is not None)
 
 
 def _predictor(i: int, sigmas, alpha, lam, order: int) -> np.ndarray:

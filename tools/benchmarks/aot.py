@@ -14,6 +14,7 @@ import numpy as np
 from kavatar_jax.cascade.denoise import Shared, Told, group_size, step
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion.solver import History, plan_of
 from kavatar_jax.models import dit
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
@@ -89,9 +90,10 @@ def _trace(weights: Params, config: Config, windows: int):
         condition=given(everywhere, 1, *latent, net.in_channels - net.out_channels),
         director=None,
     )
-    sigma = jax.ShapeDtypeStruct((), np.float32)
+    history = History(given(batch, W, *latent, net.out_channels), None, None, None)
+    move = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, np.float32), plan_of(sampling).moves[0])
     return step.trace(
-        params, given(batch, W, *latent, net.out_channels), sigma, sigma, given(everywhere, W, T), told, shared,
+        params, history, move, given(everywhere, W, T), told, shared,
         config=net, branches=guidance.branches_of(sampling), group=group,
         stride=T - sampling.overlap,
     )  # fmt: skip

@@ -22,8 +22,7 @@ from kavatar_jax.cascade.hear import hear, spans_of_windows
 from kavatar_jax.cascade.weights import Weights, draw_untrained
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
-from kavatar_jax.diffusion.flow import TRAIN_STEPS, sampling_sigmas
-from kavatar_jax.diffusion.solver import euler
+from kavatar_jax.diffusion.solver import History, Move, euler, plan_of
 from kavatar_jax.diffusion.windows import Windows, fuse
 from kavatar_jax.types import SAMPLE_RATE
 from tools.benchmarks.paired import in_turns, ratio
@@ -125,24 +124,24 @@ def _difference(video: Video) -> float:
 def _take_steps(step: Callable, video: Video, count: int) -> np.ndarray:
     """`count` steps from the same noise."""
     sampling = video.config.sampling
-    sigmas = sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift)
+    plan = plan_of(sampling)
     _, weights = denoise.step_weights(video.windows, sampling)
     x = denoise.draw_noise(0, video.windows, video.config)
-    for i in range(count):
-        x = step(x, sigmas[i], sigmas[i + 1], weights)
+    for move, sigma_next in zip(plan.moves[:count], plan.sigmas[1:], strict=False):
+        x = step(x, move, sigma_next, weights)
     return np.asarray(x[: video.windows.count])
 
 
-def _ours(video: Video, x, sigma, sigma_next, weights):
+def _ours(video: Video, x, move: Move, _, weights):
     config = video.config
     return denoise.step(
-        video.weights.dit, x, sigma, sigma_next, weights, video.told, video.shared,
+        video.weights.dit, History(x, None, None, None), move, weights, video.told, video.shared,
         config=config.dit, branches=_branches(config), group=denoise.group_size(video.windows.count, config.sampling),
         stride=video.windows.stride,
-    )  # fmt: skip
+    ).x  # fmt: skip
 
 
-def _released(video: Video, listen: Callable, x, sigma, sigma_next, weights):
+def _released(video: Video, listen: Callable, x, move: Move, sigma_next, weights):
     """Window by window and branch by branch; `listen` gives a window's speech features and slices."""
     branches, moved = _branches(video.config), []
     for k in range(video.windows.slots):
@@ -150,10 +149,10 @@ def _released(video: Video, listen: Callable, x, sigma, sigma_next, weights):
         told = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], video.told)._replace(speech=speech, slices=slices)
         mine = x[k : k + 1]
         velocities = [
-            _velocity(video.weights.dit, sigma * TRAIN_STEPS, video.shared, video.config.dit, (branch,), mine, told)[0]
+            _velocity(video.weights.dit, move.timestep, video.shared, video.config.dit, (branch,), mine, told)[0]
             for branch in branches
         ]
-        moved.append(_guide(jnp.stack(velocities), mine, sigma, sigma_next, branches))
+        moved.append(_guide(jnp.stack(velocities), mine, move.sigma, sigma_next, branches))
     return _fuse(jnp.concatenate(moved), weights, video.windows.stride)
 
 

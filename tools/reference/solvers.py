@@ -18,10 +18,9 @@ STRIDE = 37  # of the recorded trajectory
 def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     for name, case in fixture.meta["cases"].items():
         plan = PLANS[case["solver"]](case["steps"], case["shift"])
-        history, trajectory = solver.begin(jnp.asarray(fixture.inputs(name)["noise"])), []
-        for i in range(case["steps"]):
-            velocity = _velocity(history.x, plan.timesteps[i], case["guidance"])
-            history = solver.advance(history, velocity, plan.sigmas[i], plan.correct[i], plan.predict[i])
+        history, trajectory = solver.begin(jnp.asarray(fixture.inputs(name)["noise"]), plan), []
+        for move in plan.moves:
+            history = solver.advance(history, _velocity(history.x, move.timestep, case["guidance"]), move)
             trajectory.append(np.asarray(history.x).reshape(-1)[::STRIDE])
         yield f"{name}/timesteps", plan.timesteps
         yield f"{name}/sigmas", plan.sigmas
