@@ -1,15 +1,16 @@
 """The demo's transformer and audio adapter, trained on puppets whose latents were computed beforehand.
 
     python tools/bundle.py ENCODERS START TEXT_RUN/weights SPEECH_RUN/weights
-    python tools/prepare.py demo_dit CLIPS --count 1280 --set data.source=puppets --set weights=ENCODERS
+    python tools/prepare.py demo_dit CLIPS --count 3200 --set data.source=puppets --set weights=ENCODERS
     kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
     python tools/bundle.py WEIGHTS ENCODERS RUN/weights --half --fill demo
 
-START, TEXT_RUN and SPEECH_RUN are those of demo_vae, demo_text and demo_speech. The autoencoder that demo_vae goes on to train has START's latents,
-and may take its place in the end. `kavatar generate --config demo --weights WEIGHTS` uses the last.
+START, TEXT_RUN and SPEECH_RUN are those of demo_vae, demo_text and demo_speech. The autoencoder that demo_vae goes on to
+train has START's latents, and may take its place in the end. `kavatar generate --config demo --weights WEIGHTS` uses the
+last.
 What makes lips learn soon: a speech encoder that knows what mouths do; prediction of the clean latents with a clipped
-weight, as a change from the portrait, which is there in every frame; errors weighed as they show in the pixels, and sixty times
-on the lips, where speech would otherwise be half a percent of the loss.
+weight, as a change from the portrait, which is there in every frame; errors weighed as they show in the pixels, and sixty
+times on the lips, where speech would otherwise be half a percent of the loss.
 """
 
 from configs import demo
