@@ -39,7 +39,8 @@ class DiTConfig:
     image_positions: length of the table added to the image tokens (514 in FLF2V), 0 for none
     audio: None for plain Wan
     director_width: width of the director's hidden states, None where there is no projection for them
-    predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from the condition's
+    predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from those of
+    the condition's first frame
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
     """

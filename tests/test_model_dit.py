@@ -144,7 +144,7 @@ def test_a_head_that_predicts_clean_latents_gives_their_velocity(tiny):
         np.testing.assert_allclose(turned[b], (inputs.latents[b] - head[b]) / sigma, rtol=1e-5, atol=1e-4)
     changed = velocity(dataclasses.replace(config, predicts="change"), params, inputs)
     for b, sigma in enumerate((0.9, 0.02)):
-        clean = head[b] + inputs.condition[b, ..., 4:]
+        clean = head[b] + inputs.condition[b, :1, ..., 4:]
         np.testing.assert_allclose(changed[b], (inputs.latents[b] - clean) / sigma, rtol=1e-5, atol=1e-4)
 
 

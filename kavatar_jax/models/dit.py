@@ -121,7 +121,7 @@ class DiT(nn.Module):
         predicted = Head(c, name="head")(x, time, grid)
         if c.predicts == "change":
             assert condition is not None, "there is nothing that could be changed"
-            predicted = predicted + condition[..., MASK_CHANNELS:].astype(jnp.float32)
+            predicted = predicted + condition[:, :1, ..., MASK_CHANNELS:].astype(jnp.float32)
         if c.predicts != "velocity":
             sigma = inputs.timestep.astype(jnp.float32)[:, None, None, None, None] / TRAIN_STEPS
             predicted = velocity_towards(inputs.latents.astype(jnp.float32), predicted, sigma)
