@@ -1,6 +1,7 @@
 """The sliding-window sampler around a stand-in network that is a formula."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from tools.reference.synthetic_weights import Fixture
 FIXTURES = ("sampler",)
 
 
-def run(fixture: Fixture) -> Iterator[tuple[str, np.ndarray]]:
+def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     for name in fixture.meta["outputs"]:
         kind, _, what = name.partition("/")
         if kind == "schedule":
