@@ -20,6 +20,7 @@ from kavatar_jax.config import set_fields
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.models import vae
 from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import SAMPLE_RATE, Blueprint, Request, Speech, silent
@@ -217,6 +218,20 @@ def test_masks_of_first_and_last_frame(weights, config):
     # causal: what is shown later leaves earlier latents alone
     np.testing.assert_allclose(shown[0, :3], shown[1, :3], atol=1e-5)
     assert np.abs(shown[0, 3] - shown[1, 3]).max() > 1e-3
+
+
+def test_a_later_frame_is_held_where_the_reference_is_shown_in_every_frame(weights, config):
+    """The latent of the last frame alone, among grey, is like that of no video; the held one is like a still's."""
+    grey, bright = (np.full((config.height, config.width, 3), level, np.uint8) for level in (60, 190))
+    still = dataclasses.replace(config, dit=dataclasses.replace(config.dit, reference="every"))
+    frames = config.sampling.window_frames
+    held, alone = (see([{0: grey, frames - 1: bright}], weights, c)[0, -1, ..., 4:] for c in (still, config))
+    video = np.full((1, frames, config.height, config.width, 3), 60 / 127.5 - 1, np.float32)
+    video[:, 1:-4] = 0
+    video[:, -4:] = 190 / 127.5 - 1
+    expected = np.asarray(vae.encode(weights.vae, jnp.asarray(video), config.vae)[0])[0, -1]
+    np.testing.assert_allclose(held, expected, atol=1e-4)
+    assert np.abs(held - alone).max() > 1e-2
 
 
 def test_keyframes_lie_on_the_grid_and_windows_reach_between_them(weights, config):

@@ -139,11 +139,18 @@ def test_the_condition_shows_what_is_given():
     np.testing.assert_array_equal(given[:, 2], [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
     video = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 9, 2, 2, 3)), jnp.uint8)
     clips = data.Clips(video=video, face=None, lip=None, reference=255 - video[:, 0], last=jnp.array([0, 8, 4]))
-    shown = np.asarray(encode.show(clips))
+    shown = np.asarray(encode.show(clips, held=1))
     np.testing.assert_array_equal(shown[:, 0], encode.to_signed(clips.reference))
     assert [np.flatnonzero(np.abs(clip).max(axis=(1, 2, 3))).tolist() for clip in shown] == [[0], [0, 8], [0, 4]]
     for clip, frame in ((1, 8), (2, 4)):
         np.testing.assert_array_equal(shown[clip, frame], encode.to_signed(video[clip, frame]))
+    shown = np.asarray(encode.show(clips, held=4))
+    assert [np.flatnonzero(np.abs(clip).max(axis=(1, 2, 3))).tolist() for clip in shown] == [
+        [0],
+        [0, 5, 6, 7, 8],
+        [0, 1, 2, 3, 4],
+    ]
+    np.testing.assert_array_equal(shown[1, 5:], np.repeat(encode.to_signed(video[1, 8:]), 4, axis=0))
     given = given[:2]
     latents = jnp.arange(2 * 3 * 1 * 1 * 2, dtype=jnp.float32).reshape(2, 3, 1, 1, 2)
     first = objective.join_condition(given, latents)

@@ -15,6 +15,7 @@ from kavatar_jax.config import Config
 from kavatar_jax.diffusion.windows import Windows, slot_bucket
 from kavatar_jax.media.image import fit_size, resize
 from kavatar_jax.models import vae
+from kavatar_jax.models.dit import frames_held
 from kavatar_jax.types import Blueprint, Conditions, Report
 
 
@@ -79,7 +80,8 @@ def see(views: list[dict[int, np.ndarray]], weights: Weights, config: Config) ->
     """What windows are shown: for each view, given images at given frames, (n, T, h, w, 4 + C) float32.
 
     Four channels of mask say which of a latent frame's four video frames are given; then come the latents of a video
-    that is mid-grey elsewhere. Frame 0 counts for all four frames of the first latent.
+    that is mid-grey elsewhere, or shows a later frame as long as `frames_held` says. Frame 0 counts for all four frames
+    of the first latent.
     """
     frames, height, width = config.sampling.window_frames, config.height, config.width
     conditions = []
@@ -87,7 +89,8 @@ def see(views: list[dict[int, np.ndarray]], weights: Weights, config: Config) ->
         video = np.zeros((1, frames, height, width, 3), np.float32)
         mask = np.zeros(frames + 3, np.float32)
         for frame, image in given.items():
-            video[0, frame] = to_signed(resize(image, (width, height)))
+            first = max(frame + 1 - frames_held(config.dit), 1) if frame else 0
+            video[0, first : frame + 1] = to_signed(resize(image, (width, height)))
             mask[frame + 3 if frame else slice(0, 4)] = 1
         latents = np.asarray(_encode(config.vae, weights.vae, video)[0])
         mask = np.broadcast_to(mask.reshape(-1, 1, 1, 4), (*latents.shape[:3], 4))

@@ -292,6 +292,15 @@ def show_reference(condition_BTHWC):
     return jnp.concatenate([mask, jnp.where(given, latents, latents[:, :1])], axis=-1)
 
 
+def frames_held(config: DiTConfig) -> int:
+    """How many frames of the condition, up to and with it, show a later frame that is given.
+
+    One, as in the release, whose latent is then that of a picture among grey; where the reference is shown in every
+    frame, all of its latent's, which is then that of a still.
+    """
+    return MASK_CHANNELS if config.reference == "every" else 1
+
+
 def split_heads(x_BSD, config: DiTConfig):
     return x_BSD.reshape(*x_BSD.shape[:2], config.heads, -1)
 

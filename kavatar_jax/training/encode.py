@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kavatar_jax.config import Config
 from kavatar_jax.models import vae
-from kavatar_jax.models.dit import MASK_CHANNELS
+from kavatar_jax.models.dit import MASK_CHANNELS, frames_held
 from kavatar_jax.parallel.sharding import constrain
 from kavatar_jax.training import encoders
 from kavatar_jax.training.data import Clips
@@ -18,7 +18,7 @@ def encode(params: Params, clips: Clips, model: Config, *, masks: str, live: fro
 
     params: by component; masks: as ObjectiveConfig; live: encoders that learn, whose input is passed on as it is
     """
-    video, shown = to_signed(clips.video), show(clips)
+    video, shown = to_signed(clips.video), show(clips, held=frames_held(model.dit))
     # one program for both, one after the other
     latents, condition = jax.lax.map(lambda x: _moments(params["vae"], x, model), jnp.stack([video, shown]))
     size = latents.shape[1:4]
@@ -47,14 +47,17 @@ def to_signed(pixels):
     return pixels.astype(jnp.float32) / 127.5 - 1
 
 
-def show(clips: Clips):
-    """The clips as far as they are given, in [-1, 1]: the reference first, for some a later frame, grey elsewhere."""
+def show(clips: Clips, held: int):
+    """The clips as far as they are given, in [-1, 1]: the reference first, for some a later frame, grey elsewhere.
+
+    held: how many frames, up to and with it, show the later one
+    """
     assert clips.last is not None
-    video = to_signed(clips.video)
-    reference, rows = to_signed(clips.reference), jnp.arange(video.shape[0])
-    shown = jnp.zeros_like(video).at[:, 0].set(reference)
-    later = jnp.where(clips.last[:, None, None, None] > 0, video[rows, clips.last], reference)
-    return shown.at[rows, clips.last].set(later)
+    video, last = to_signed(clips.video), clips.last[:, None]
+    number = jnp.arange(video.shape[1])
+    later = (last > 0) & (number > last - held) & (number <= last)
+    shown = jnp.where(later[..., None, None, None], video[jnp.arange(len(video)), clips.last][:, None], 0.0)
+    return shown.at[:, 0].set(to_signed(clips.reference))
 
 
 def given_frames(last_B, frames: int):
