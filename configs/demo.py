@@ -38,7 +38,7 @@ def config() -> Config:
             predicts="change",
             reference="every",
             remat="none",
-            audio=AudioAdapterConfig(speech_width=96, projection=(192,), heads=3, mlp=384, layers=2),
+            audio=AudioAdapterConfig(speech_width=96, projection=(192,), heads=3, mlp=384, layers=2, places=17),
         ),
         vae=VAEConfig(
             width=16,

@@ -19,6 +19,8 @@ class AudioAdapterConfig:
 
     modulated: the timestep modulates it; looking: its blocks look at the latents. Without either, and without layers, it is
     the paper's ablations.
+    places: how many tokens of a slice, counted from its middle, get a learned vector for their place. None do as released,
+    so that attention tells earlier from later by what is heard alone.
     """
 
     speech_width: int
@@ -28,6 +30,7 @@ class AudioAdapterConfig:
     layers: int
     modulated: bool = True
     looking: bool = True
+    places: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 from conftest import GOLDEN
 
 from configs import demo
-from kavatar_jax.models import dit
+from kavatar_jax.models import audio_adapter, dit
 from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, slice_table
 from tools import ablations
 from tools.reference import dit as reference
@@ -192,6 +192,37 @@ def test_absent_places_are_as_if_they_were_not_there(tiny):
     plain = velocity(config, params, inputs)
     np.testing.assert_allclose(velocity(config, params, inputs._replace(slices=wider)), plain, atol=2e-6)
     assert np.abs(velocity(config, params, inputs._replace(slices=silent)) - plain).max() > 1e-5
+
+
+def test_places_tell_earlier_from_later(tiny):
+    """As released, a slice is a set: what is heard first and what last makes no difference."""
+    config, params = tiny
+    inputs = make_inputs(config)
+    places = inputs.slices.shape[-1]
+    backwards = inputs._replace(slices=inputs.slices[..., ::-1])
+    np.testing.assert_allclose(velocity(config, params, backwards), velocity(config, params, inputs), atol=2e-6)
+    ordered = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places + 2))
+    vectors = jax.random.normal(jax.random.key(6), (places + 2, config.audio.projection[-1]))
+    params = {**params, "audio": {**params["audio"], "places": vectors}}
+    plain = velocity(ordered, params, inputs)
+    assert np.abs(velocity(ordered, params, backwards) - plain).max() > 1e-4
+    shorter = inputs._replace(slices=inputs.slices[..., 1:-1])  # counted from the middle
+    same = {**params, "audio": {**params["audio"], "places": vectors[1:-1]}}
+    fewer = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places))
+    np.testing.assert_allclose(velocity(ordered, params, shorter), velocity(fewer, same, shorter), atol=2e-6)
+    narrow = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places - 2))
+    with pytest.raises(ValueError, match="audio.places"):
+        apply(narrow, {"params": {**params, "audio": {**params["audio"], "places": vectors[: places - 2]}}}, inputs)
+
+
+def test_tokens_that_a_slice_lacks_leave_their_places_silent():
+    tokens, frames = 18, 9
+    table, spans = slice_table(tokens, frames), audio_adapter.slice_spans(tokens, frames)
+    assert table.shape[1] == spans[0, 1] - spans[0, 0] + 1
+    for row, (first, _) in zip(table, spans, strict=True):
+        offsets = np.arange(len(row)) + first
+        np.testing.assert_array_equal(row, np.where((offsets >= 0) & (offsets < tokens), offsets, SILENCE))
+    assert (table[0] == SILENCE).any() and (table[-1] == SILENCE).any()
 
 
 def test_lora_starts_at_nothing_and_then_counts(tiny):

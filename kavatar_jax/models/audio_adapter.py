@@ -38,6 +38,8 @@ class AudioAdapter(nn.Module):
             x = Linear(width, c.dtype, c.param_dtype, use_bias=False, name=f"proj_{i}")(x)
             x = LayerNorm(1e-5, "float32", c.param_dtype, name=f"norm_{i}")(x)
         x_BTAD = gather_slices(x, slices_BTA)
+        if a.places:
+            x_BTAD = x_BTAD + self._places(x_BTAD.shape[2])
         x_BTAD = constrain(x_BTAD, "batch", None, None, None)
 
         if a.layers:
@@ -49,6 +51,18 @@ class AudioAdapter(nn.Module):
             shift, scale = _modulation(self, "head_modulation", 2, c, time_BD[:, None])
             x_BTAD = x_BTAD * (1 + scale) + shift
         return Linear(c.width, c.dtype, c.param_dtype, name="head")(x_BTAD).astype(jnp.float32)
+
+    def _places(self, count: int):
+        """A vector for each place of a slice, the same for one in the middle however long the slice is: (count, D)."""
+        c, a = self.config, self.config.audio
+        assert a is not None
+        if count > a.places:
+            raise ValueError(
+                f"a slice of {count} speech tokens, and audio.places is {a.places}; use a higher frame rate"
+            )
+        table = self.param("places", nn.initializers.normal(0.5), (a.places, a.projection[-1]), c.param_dtype)
+        first = (a.places - count) // 2
+        return table[first : first + count].astype(jnp.float32)
 
 
 class AdapterBlock(nn.Module):
@@ -117,13 +131,13 @@ def slice_spans(tokens: int, frames: int) -> np.ndarray:
 
 
 def slice_table(tokens: int, frames: int) -> np.ndarray:
-    """Which speech tokens each latent frame hears: (T, A) int32 rows of `tokens`, then SILENCE for those it lacks."""
+    """Which speech tokens each latent frame hears: (T, A) int32 rows of `tokens`, SILENCE in the places of those it lacks.
+
+    The release puts these last, which its attention cannot tell.
+    """
     spans = slice_spans(tokens, frames)
-    rows = np.full((len(spans), spans[0, 1] - spans[0, 0] + 1), SILENCE, np.int32)
-    for row, (first, last) in zip(rows, spans, strict=True):
-        real = np.arange(max(first, 0), min(last, tokens - 1) + 1)
-        row[: len(real)] = real
-    return rows
+    rows = spans[:, :1] + np.arange(spans[0, 1] - spans[0, 0] + 1)
+    return np.where((rows >= 0) & (rows < tokens), rows, SILENCE).astype(np.int32)
 
 
 def _modulation(module: nn.Module, name: str, count: int, config: DiTConfig, time_BnD):
@@ -145,6 +159,7 @@ AXES = {
     r"blocks/up/bias": ("layers", "mlp"),
     r"blocks/down/kernel": ("layers", "mlp", "embed"),
     r"blocks/(o|down)/bias": ("layers", None),
+    r"places": (None, None),
     r"head_modulation": (None, None),
     r"head/kernel": ("embed", None),
     r"head/bias": (None,),
