@@ -19,8 +19,8 @@ class AudioAdapterConfig:
 
     modulated: the timestep modulates it; looking: its blocks look at the latents. Without either, and without layers, it is
     the paper's ablations.
-    places: how many tokens of a slice, counted from its middle, get a learned vector for their place. None do as released,
-    so that attention tells earlier from later by what is heard alone.
+    pack: how many tokens of a slice, around its middle, make one vector more that is added to a frame's tokens in every
+    block (after OmniAvatar, arXiv 2506.18866); 0, as released, for none. It tells earlier from later, and is learnt soon.
     """
 
     speech_width: int
@@ -30,7 +30,7 @@ class AudioAdapterConfig:
     layers: int
     modulated: bool = True
     looking: bool = True
-    places: int = 0
+    pack: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class DiTConfig:
     director_width: width of the director's hidden states, None where there is no projection for them
     predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from those of
     the condition's first frame
+    skip: where it is not the velocity that is predicted, what is noisy also goes straight to the output, each channel by a
+    gain that the noise level decides: a network narrower than its latents need not carry their finer parts
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
     """
@@ -63,6 +65,7 @@ class DiTConfig:
     director_width: int | None = None
     patch: tuple[int, int, int] = (1, 2, 2)
     predicts: str = "velocity"
+    skip: bool = False
     reference: str = "first"
     remat: str = "nothing_saveable"
     dtype: str = "float32"
@@ -71,6 +74,8 @@ class DiTConfig:
     def __post_init__(self):
         _one_of("dit.predicts", self.predicts, ("velocity", "clean", "change"))
         _one_of("dit.reference", self.reference, ("first", "every"))
+        if self.skip and self.predicts == "velocity":
+            raise ValueError("dit.skip is for predicts=clean and change; a velocity contains what is noisy already")
 
 
 @dataclass(frozen=True, kw_only=True)

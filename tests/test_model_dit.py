@@ -11,7 +11,7 @@ from conftest import GOLDEN
 
 from configs import demo
 from kavatar_jax.models import audio_adapter, dit
-from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, slice_table
+from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, AudioPack, slice_table
 from tools import ablations
 from tools.reference import dit as reference
 from tools.reference.synthetic_weights import Fixture
@@ -148,6 +148,24 @@ def test_a_head_that_predicts_clean_latents_gives_their_velocity(tiny):
         np.testing.assert_allclose(changed[b], (inputs.latents[b] - clean) / sigma, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("predicts", ["clean", "change"])
+def test_what_is_noisy_skips_to_the_output(tiny, predicts):
+    config, params = tiny
+    inputs = make_inputs(config)
+    plain = velocity(dataclasses.replace(config, predicts=predicts), params, inputs)
+    skipping = dataclasses.replace(config, predicts=predicts, skip=True)
+    fresh = dit.init(skipping, jax.random.key(0))["skip"]
+    np.testing.assert_array_equal(velocity(skipping, {**params, "skip": fresh}, inputs), plain)
+    gains = jnp.linspace(-1, 1, config.out_channels)
+    told = velocity(skipping, {**params, "skip": {**fresh, "bias": gains}}, inputs)
+    for b, sigma in enumerate((0.9, 0.02)):
+        start = inputs.condition[b, :1, ..., 4:] if predicts == "change" else 0
+        more = gains * (inputs.latents[b] - (1 - sigma) * start)  # of the clean latents
+        np.testing.assert_allclose(told[b], plain[b] - more / sigma, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="dit.skip"):
+        dataclasses.replace(config, skip=True)
+
+
 def test_the_reference_in_every_frame_stands_where_nothing_is_given(tiny):
     config, params = tiny
     every = dataclasses.replace(config, reference="every")
@@ -194,25 +212,31 @@ def test_absent_places_are_as_if_they_were_not_there(tiny):
     assert np.abs(velocity(config, params, inputs._replace(slices=silent)) - plain).max() > 1e-5
 
 
-def test_places_tell_earlier_from_later(tiny):
-    """As released, a slice is a set: what is heard first and what last makes no difference."""
+def test_a_slice_is_a_set_but_for_the_pack(tiny):
+    """As released, attention hears no order; the pack starts at nothing, then tells earlier from later in its own frame."""
     config, params = tiny
     inputs = make_inputs(config)
-    places = inputs.slices.shape[-1]
+    plain = velocity(config, params, inputs)
     backwards = inputs._replace(slices=inputs.slices[..., ::-1])
-    np.testing.assert_allclose(velocity(config, params, backwards), velocity(config, params, inputs), atol=2e-6)
-    ordered = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places + 2))
-    vectors = jax.random.normal(jax.random.key(6), (places + 2, config.audio.projection[-1]))
-    params = {**params, "audio": {**params["audio"], "places": vectors}}
-    plain = velocity(ordered, params, inputs)
-    assert np.abs(velocity(ordered, params, backwards) - plain).max() > 1e-4
-    shorter = inputs._replace(slices=inputs.slices[..., 1:-1])  # counted from the middle
-    same = {**params, "audio": {**params["audio"], "places": vectors[1:-1]}}
-    fewer = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places))
-    np.testing.assert_allclose(velocity(ordered, params, shorter), velocity(fewer, same, shorter), atol=2e-6)
-    narrow = dataclasses.replace(config, audio=dataclasses.replace(config.audio, places=places - 2))
-    with pytest.raises(ValueError, match="audio.places"):
-        apply(narrow, {"params": {**params, "audio": {**params["audio"], "places": vectors[: places - 2]}}}, inputs)
+    np.testing.assert_allclose(velocity(config, params, backwards), plain, atol=2e-6)
+    count = inputs.slices.shape[-1]
+    packed = dataclasses.replace(config, layers=1, audio=dataclasses.replace(config.audio, pack=count + 2))
+    fresh = dit.init(packed, jax.random.key(6))
+    params = {**params, "pack": fresh["pack"]}
+    params["blocks"] = {**jax.tree.map(lambda leaf: leaf[:1], params["blocks"]), "hear": fresh["blocks"]["hear"]}
+    one = dataclasses.replace(config, layers=1)
+    np.testing.assert_array_equal(velocity(packed, params, inputs), velocity(one, params, inputs))
+    params["blocks"]["hear"] = {"kernel": jax.random.normal(jax.random.key(7), (1, config.width, config.width))}
+    assert np.abs(velocity(packed, params, backwards) - velocity(packed, params, inputs)).max() > 1e-3
+    narrow = inputs._replace(slices=inputs.slices[..., 1:-1])  # the middle stays where it is
+    silent = inputs._replace(slices=inputs.slices.at[..., [0, -1]].set(SILENCE))
+    heard = [AudioPack(packed).apply({"params": params["pack"]}, told.speech, told.slices) for told in (narrow, silent)]
+    np.testing.assert_allclose(*heard, atol=1e-6)
+    deaf = [inputs._replace(speech=speech, heard=jnp.zeros(2, bool)) for speech in (inputs.speech, inputs.speech + 1)]
+    np.testing.assert_array_equal(*(velocity(packed, params, told) for told in deaf))
+    small = dataclasses.replace(packed, audio=dataclasses.replace(config.audio, pack=count - 2))
+    with pytest.raises(ValueError, match="audio.pack"):
+        apply(small, {"params": params}, inputs)
 
 
 def test_tokens_that_a_slice_lacks_leave_their_places_silent():

@@ -38,8 +38,6 @@ class AudioAdapter(nn.Module):
             x = Linear(width, c.dtype, c.param_dtype, use_bias=False, name=f"proj_{i}")(x)
             x = LayerNorm(1e-5, "float32", c.param_dtype, name=f"norm_{i}")(x)
         x_BTAD = gather_slices(x, slices_BTA)
-        if a.places:
-            x_BTAD = x_BTAD + self._places(x_BTAD.shape[2])
         x_BTAD = constrain(x_BTAD, "batch", None, None, None)
 
         if a.layers:
@@ -52,17 +50,27 @@ class AudioAdapter(nn.Module):
             x_BTAD = x_BTAD * (1 + scale) + shift
         return Linear(c.width, c.dtype, c.param_dtype, name="head")(x_BTAD).astype(jnp.float32)
 
-    def _places(self, count: int):
-        """A vector for each place of a slice, the same for one in the middle however long the slice is: (count, D)."""
+
+class AudioPack(nn.Module):
+    """All that a latent frame hears as one vector: (B, L, speech_width) and slices (B, T, A) -> (B, T, D) float32.
+
+    Zero where everything is silent. Source: the audio pack of OmniAvatar, arXiv 2506.18866, section 3.2.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, speech_BLD, slices_BTA):
         c, a = self.config, self.config.audio
         assert a is not None
-        if count > a.places:
-            raise ValueError(
-                f"a slice of {count} speech tokens, and audio.places is {a.places}; use a higher frame rate"
-            )
-        table = self.param("places", nn.initializers.normal(0.5), (a.places, a.projection[-1]), c.param_dtype)
-        first = (a.places - count) // 2
-        return table[first : first + count].astype(jnp.float32)
+        B, T, count = slices_BTA.shape
+        if count > a.pack:
+            raise ValueError(f"slices have {count} speech tokens, and audio.pack is {a.pack}; use a higher frame rate")
+        before = (a.pack - count) // 2  # a shorter slice keeps its middle where it is
+        around = ((0, 0), (0, 0), (before, a.pack - count - before), (0, 0))
+        heard = jnp.pad(gather_slices(speech_BLD, slices_BTA), around).reshape(B, T, -1)
+        h = nn.silu(Linear(c.width, c.dtype, c.param_dtype, use_bias=False, name="in")(heard))
+        return Linear(c.width, c.dtype, c.param_dtype, use_bias=False, name="out")(h).astype(jnp.float32)
 
 
 class AdapterBlock(nn.Module):
@@ -159,7 +167,6 @@ AXES = {
     r"blocks/up/bias": ("layers", "mlp"),
     r"blocks/down/kernel": ("layers", "mlp", "embed"),
     r"blocks/(o|down)/bias": ("layers", None),
-    r"places": (None, None),
     r"head_modulation": (None, None),
     r"head/kernel": ("embed", None),
     r"head/bias": (None,),
