@@ -12,16 +12,27 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from kavatar_jax.cascade.weights import read_lora_files
 from kavatar_jax.checkpoint.bridge import Mismatch, layers_as_in, placements
 from kavatar_jax.checkpoint.files import Tensors, read_json
+from kavatar_jax.checkpoint.lora import Changes, Merged
 from kavatar_jax.checkpoint.manifest import note
 from kavatar_jax.checkpoint.shards import is_there, open_tensors
-from kavatar_jax.checkpoint.weights import convert_component, replacing, stored_dtypes
+from kavatar_jax.checkpoint.weights import (
+    NO_CHANGES,
+    convert_component,
+    copy_component,
+    open_component,
+    read_config,
+    replacing,
+    stored_dtypes,
+)
 from kavatar_jax.config import load_config
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.models.names import ORIGINAL, Names
@@ -60,10 +71,19 @@ def main() -> int:
     parser.add_argument(
         "--rest", type=Path, help="to write a release: a folder of it, for the tensors that ours has no use for"
     )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the transformer"
+    )
+    parser.add_argument("--lora-unused", choices=["refuse", "ignore"], default="refuse")
     a = parser.parse_args()
     try:
         if a.to == "kavatar":
-            convert(a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads)
+            convert(
+                a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads,
+                loras=a.lora, unused=a.lora_unused,
+            )  # fmt: skip
+        elif a.lora:
+            raise ValueError("--lora goes --to kavatar; write the weights directory that comes of it in a second step")
         else:
             size = int(a.shard_size * GIGABYTE)
             export(
@@ -82,16 +102,20 @@ def main() -> int:
 def convert(
     source: Path, destination: Path, *,
     transformer: str = "square", only: list[str] | None = None, image_heads: int | None = None,
+    loras: Sequence[str] = (), unused: str = "refuse",
 ) -> None:  # fmt: skip
     """Convert every part that the source's layout has, or those in `only`, into our weights directory.
 
     transformer: "square", "rec-vec" or the path of any other file with a transformer of this kind
     image_heads: heads of the image encoder where they are not 80 wide; its file does not say
+    loras: FILE or FILE:SCALE, merged into the transformer; unused: what to do with tensors there that nothing is for
     ValueError says all that is missing or does not fit, one line for each part, before anything is written.
     """
     console = Console(stderr=True)
     layout, reason, known = detect(source)
     console.print(f"{layout}: {reason}", soft_wrap=True)
+    if layout == "kavatar" and loras:
+        return merge(source, destination, only, loras, unused, console)
     if layout == "kavatar":
         raise ValueError(f"{source} is a weights directory of ours; say what to make of it: --to {', '.join(LAYOUTS)}")
     if layout == "stableavatar":
@@ -108,11 +132,15 @@ def convert(
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(sorted(problems)))
+    if loras and "dit" not in networks:
+        raise ValueError(f"--lora {loras[0]} is for a transformer, and none is converted")
+    changes = read_lora_files(loras, networks["dit"].config, unused=unused) if loras else NO_CHANGES
     for name, path in found.items():
         broken = set()
         with console.status(f"converting {name}") as status:
             if name in networks:
-                broken = _convert_network(name, networks[name], destination / name, status)
+                added = changes if name == "dit" else NO_CHANGES
+                broken = _convert_network(name, networks[name], destination / name, status, added)
             else:
                 with replacing(destination / name) as partial:
                     shutil.copytree(path.parent, partial, dirs_exist_ok=True)
@@ -121,6 +149,31 @@ def convert(
             console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
         files = [file for file in (destination / name).rglob("*") if file.is_file()]
         note(destination, "kavatar", {name: os.path.relpath(path, source)}, files)
+
+
+def merge(
+    source: Path, destination: Path, only: list[str] | None, loras: Sequence[str], unused: str, console: Console
+) -> None:
+    """Our weights directory with LoRA files merged into the transformer; its other parts are copied."""
+    if destination.exists():
+        raise ValueError(f"there is something at {destination}; name a folder that is new")
+    parts = [name for name in PARTS if (source / name).is_dir() and (not only or name in only)]
+    if "dit" not in parts:
+        raise ValueError(f"--lora {loras[0]} is for a transformer, and none is taken from {source}")
+    config = read_config(source / "dit", *COMPONENTS["dit"].kinds)
+    changes = read_lora_files(loras, config, unused=unused)
+    tensors = Merged(open_component(source / "dit", abstract("dit", config)), changes)
+    with replacing(destination) as partial:
+        for name in parts:
+            if name != "dit":
+                shutil.copytree(source / name, partial / name)
+                continue
+            broken = copy_component(tensors, config, partial / name, source=", ".join(map(str, loras)))
+            if broken:
+                console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        note(partial, "kavatar", {name: name for name in parts} | {"dit": " + ".join(["dit", *loras])}, files)
+    console.print(f"dit        from {source / 'dit'} with {', '.join(loras)}", soft_wrap=True)
 
 
 def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> dict[str, Path]:
@@ -230,13 +283,13 @@ def _published(name: str, names: Names) -> list[Any]:
     return seeing + both_ends + blind
 
 
-def _convert_network(name: str, network: Network, folder: Path, status) -> set[str]:
+def _convert_network(name: str, network: Network, folder: Path, status, changes: Changes) -> set[str]:
     def report(_, done: int, total: int) -> None:
         status.update(f"converting {name}: {100 * done // total} %")
 
     return convert_component(
         network.tensors, network.names.rows, network.wanted, network.config, folder,
-        unused=network.names.unused, source=network.path.name, report=report,
+        unused=network.names.unused, changes=changes, source=network.path.name, report=report,
     )  # fmt: skip
 
 

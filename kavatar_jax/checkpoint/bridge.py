@@ -196,6 +196,11 @@ def sources(rows: list[Row], params: Params) -> dict[str, list[Slot]]:
     return {spellings[0]: slots for spellings, (slots, _) in expected.items()}
 
 
+def reference_slots(rows: list[Row], params: Params) -> dict[str, tuple[list[Slot], tuple[int, ...]]]:
+    """Every reference key of these parameters, in each of its spellings: what it fills, and its shape."""
+    return {key: found for spellings, found in _expect(rows, params).items() for key in spellings}
+
+
 def gather(tensors: Mapping[str, np.ndarray], slots: list[Slot]) -> np.ndarray:
     """One reference tensor, from ours by path; only those in `slots` are read."""
     parts = []

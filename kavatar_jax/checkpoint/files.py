@@ -33,17 +33,19 @@ _NAMES = {np.dtype(dtype): code for code, dtype in _CODES.items()}
 class Tensors(Mapping):
     """The tensors of one file or of several shards, name -> array, each read when it is asked for.
 
-    `shapes` and `dtypes` are known without reading. A torch file is opened with weights_only; a dict wrapped in
-    "state_dict", as training scripts save it, is unwrapped. ValueError, in one line, if a file is absent, damaged or cut
-    off, or holds anything but tensors.
+    `shapes`, `dtypes` and the `metadata` of safetensors are known without reading. A torch file is opened with weights_only;
+    a dict wrapped in "state_dict", as training scripts save it, is unwrapped. ValueError, in one line, if a file is absent,
+    damaged or cut off, or holds anything but tensors.
     """
 
     def __init__(self, *paths: Path):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self.metadata: dict[str, str] = {}
         self._home = {}
         for path in paths:
             opened = _open(path)
+            self.metadata |= opened.metadata
             for name, (shape, dtype) in opened.items():
                 if name in self._home:
                     raise ValueError(f"{name} stands in two files; one is {path}")
@@ -136,7 +138,7 @@ class _Safetensors:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = parse_json(path, file.read(length))
-        self.path, self._entries = path, {}
+        self.path, self._entries, self.metadata = path, {}, header.get("__metadata__", {})
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -157,6 +159,8 @@ class _Safetensors:
 
 
 class _Torch:
+    metadata: Mapping[str, str] = {}
+
     def __init__(self, path: Path):
         self.path, self._state, self._read = path, _load_torch(path), 0
         self._mapped = zipfile.is_zipfile(path)

@@ -294,6 +294,7 @@ DIFFUSERS = {
         clip, _IMAGE, (rf"{_TOWER}\.embeddings\.position_ids",), told=_told_of_image, describe=_describe_image
     ),
 }  # fmt: skip
+LORA = [ORIGINAL["dit"].rows, DIFFUSERS["dit"].rows]  # what LoRA files call the transformer's modules
 SPEECH = {  # by the model_type of transformers
     "wav2vec2": ORIGINAL["speech"],
     "whisper": Names(whisper, whisper.TORCH, whisper.UNUSED, describe=_describe_whisper),
