@@ -5,26 +5,23 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-import soundfile
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from configs import wan
 from kavatar_jax import __main__
-from kavatar_jax.cascade.weights import draw_untrained, read_lora_files
+from kavatar_jax.cascade.weights import draw_untrained, parts_of, read_lora_files
 from kavatar_jax.checkpoint.bridge import flatten, reference_shapes, to_kavatar, to_torch, unflatten
 from kavatar_jax.checkpoint.files import Tensors
 from kavatar_jax.checkpoint.lora import METADATA, Merged, parse, read_lora, write_lora
 from kavatar_jax.checkpoint.weights import load_component, save_component
-from kavatar_jax.config import load_config
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import read_frames
-from kavatar_jax.models.components import COMPONENTS, abstract
+from kavatar_jax.models.components import abstract
 from kavatar_jax.models.dit import AXES, TORCH
 from kavatar_jax.models.names import DIFFUSERS, LORA
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import partition
-from kavatar_jax.types import SAMPLE_RATE
 from tools.convert_checkpoint import convert
 from tools.inspect_checkpoint import main as inspect
 
@@ -283,11 +280,11 @@ def test_scales_as_typed(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def spoken(tmp_path_factory):
-    """A weights directory of the tiny config, and a LoRA of its transformer."""
-    folder, config = tmp_path_factory.mktemp("spoken"), load_config("demo:tiny")
+def drawn(tmp_path_factory):
+    """A weights directory of Wan at tiny size, and a LoRA of its transformer."""
+    folder, config = tmp_path_factory.mktemp("drawn"), wan.tiny()
     drawn = draw_untrained(config, 0, ByteTokenizer())
-    for name in COMPONENTS:
+    for name in parts_of(config.dit):
         save_component(getattr(drawn, name), getattr(config, name), folder / "weights" / name)
     (folder / "weights" / "tokenizer").mkdir()
     (folder / "weights" / "tokenizer" / "config.json").write_text('{"kind": "bytes"}')
@@ -302,39 +299,39 @@ def spoken(tmp_path_factory):
 
 def generate(folder, *words, weights="weights"):
     out = folder / "video.mp4"
-    order = ["--mode", "single", "--config", "demo:tiny", "--weights", str(folder / weights), "--out", str(out)]
-    done = CliRunner().invoke(__main__.app, ["generate", *order, "--speech", str(folder / "speech.wav"), *words])
+    order = ["--mode", "video", "--instruction", "a cat", "--config", "wan:tiny", "--weights", str(folder / weights)]
+    done = CliRunner().invoke(__main__.app, ["generate", *order, "--out", str(out), *words])
     assert done.exit_code == 0, done.output
     return np.stack(list(read_frames(out)))
 
 
-def test_a_video_with_a_lora(spoken):
+@pytest.mark.slow
+def test_a_video_with_a_lora(drawn):
     """Another video than without, and the same as with the weights that it was merged into beforehand."""
-    soundfile.write(spoken / "speech.wav", 0.1 * np.random.default_rng(0).standard_normal(8000), SAMPLE_RATE)
-    lora = f"{spoken / 'lora.safetensors'}:0.8"
-    convert(spoken / "weights", spoken / "merged", loras=[lora])
-    plain, added, beforehand = generate(spoken), generate(spoken, "--lora", lora), generate(spoken, weights="merged")
+    lora = f"{drawn / 'lora.safetensors'}:0.8"
+    convert(drawn / "weights", drawn / "merged", loras=[lora])
+    plain, added, beforehand = generate(drawn), generate(drawn, "--lora", lora), generate(drawn, weights="merged")
     assert (plain != added).mean() > 0.1
     np.testing.assert_array_equal(added, beforehand)
-    assert inspect([str(spoken / "merged"), "--verify"]) == 0
-    one, two = (Tensors(spoken / name / "dit" / "model.safetensors") for name in ("weights", "merged"))
+    assert inspect([str(drawn / "merged"), "--verify"]) == 0
+    one, two = (Tensors(drawn / name / "dit" / "model.safetensors") for name in ("weights", "merged"))
     changed = {name for name in one if one[name].tobytes() != two[name].tobytes()}
     assert changed == {"blocks/self_attn/v/kernel", "blocks/down/kernel"}
-    told = json.loads((spoken / "video.json").read_text())
+    told = json.loads((drawn / "video.json").read_text())
     assert told["order"]["loras"] == []
 
 
-def test_mistakes_on_the_command_line(spoken):
+def test_mistakes_on_the_command_line(drawn):
     def said(*words):
-        done = CliRunner().invoke(__main__.app, ["generate", "--out", str(spoken / "no.mp4"), *words])
+        done = CliRunner().invoke(__main__.app, ["generate", "--out", str(drawn / "no.mp4"), *words])
         assert done.exit_code == 2 and done.output.count("\n") == 1
         return done.output
 
-    lora = str(spoken / "lora.safetensors")
+    lora = str(drawn / "lora.safetensors")
     assert "is for weights that have been trained; give --weights DIR too" in said(
         "--config", "demo:tiny", "--lora", lora
     )
-    weights = ["--config", "demo:tiny", "--weights", str(spoken / "weights")]
+    weights = ["--mode", "video", "--instruction", "a cat", "--config", "wan:tiny", "--weights", str(drawn / "weights")]
     assert "there is no file" in said(*weights, "--lora", "nowhere.safetensors")
     assert "is not one of refuse, ignore" in said(*weights, "--lora", lora, "--lora-unused", "maybe")
 
