@@ -1,8 +1,9 @@
 """Between checkpoint layouts and our weights directory: python tools/convert_checkpoint.py SRC DST [--to LAYOUT]
 
 To ours: SRC is the tree of the StableAvatar release (`huggingface-cli download FrancisRing/StableAvatar`), a folder of
-Wan2.1 in its own layout or in that of diffusers, or one model's folder of transformers, such as a speech encoder. Which it
-is, is told from its files. From ours: --to diffusers, wan or stableavatar; DST is a new folder.
+Wan2.1 in its own layout or in that of diffusers, one model's folder of transformers, such as a speech encoder, or the
+folder of a training run of ours. Which it is, is told from its files. From ours: --to diffusers, wan or stableavatar; or
+--lora FILE[:SCALE], merged into the transformer of SRC, whatever its layout. DST is then a new folder.
 Every part is checked before any is written: all keys in both directions, all shapes. Then tensors are read one at a time
 and keep their dtype. A part bears its name in DST only once it is whole.
 """
@@ -21,15 +22,12 @@ from rich.console import Console
 from kavatar_jax.cascade.weights import read_lora_files
 from kavatar_jax.checkpoint.bridge import Mismatch, layers_as_in, placements
 from kavatar_jax.checkpoint.files import Tensors, read_json
-from kavatar_jax.checkpoint.lora import Changes, Merged
+from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.checkpoint.manifest import note
 from kavatar_jax.checkpoint.shards import is_there, open_tensors
 from kavatar_jax.checkpoint.weights import (
     NO_CHANGES,
     convert_component,
-    copy_component,
-    open_component,
-    read_config,
     replacing,
     stored_dtypes,
 )
@@ -39,6 +37,7 @@ from kavatar_jax.models.names import ORIGINAL, Names
 from kavatar_jax.types import Params
 from tools.export import LAYOUTS, export
 from tools.layouts import CONFIGS, FILES, TRANSFORMERS, Place, detect
+from tools.ours import merge, take_run
 
 PUBLISHED = ("stableavatar", "stableavatar:fourteen_b")  # configs whose networks a file is compared with
 PARTS = (*COMPONENTS, "tokenizer")
@@ -74,13 +73,15 @@ def main() -> int:
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the transformer"
     )
+    parser.add_argument("--step", type=int, help="of a training run: which checkpoint, the newest unless given")
+    parser.add_argument("--weights-of", choices=["ema", "raw"], default="", help="of a training run: averages or not")
     parser.add_argument("--lora-unused", choices=["refuse", "ignore"], default="refuse")
     a = parser.parse_args()
     try:
         if a.to == "kavatar":
             convert(
                 a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads,
-                loras=a.lora, unused=a.lora_unused,
+                loras=a.lora, unused=a.lora_unused, step=a.step, weights_of=a.weights_of,
             )  # fmt: skip
         elif a.lora:
             raise ValueError("--lora goes --to kavatar; write the weights directory that comes of it in a second step")
@@ -102,20 +103,25 @@ def main() -> int:
 def convert(
     source: Path, destination: Path, *,
     transformer: str = "square", only: list[str] | None = None, image_heads: int | None = None,
-    loras: Sequence[str] = (), unused: str = "refuse",
+    loras: Sequence[str] = (), unused: str = "refuse", step: int | None = None, weights_of: str = "",
 ) -> None:  # fmt: skip
     """Convert every part that the source's layout has, or those in `only`, into our weights directory.
 
     transformer: "square", "rec-vec" or the path of any other file with a transformer of this kind
     image_heads: heads of the image encoder where they are not 80 wide; its file does not say
     loras: FILE or FILE:SCALE, merged into the transformer; unused: what to do with tensors there that nothing is for
+    step, weights_of: of a training run, as training.learnt.open_run
     ValueError says all that is missing or does not fit, one line for each part, before anything is written.
     """
     console = Console(stderr=True)
     layout, reason, known = detect(source)
     console.print(f"{layout}: {reason}", soft_wrap=True)
+    if layout == "run":
+        return take_run(source, destination, console, step=step, kind=weights_of, only=only, loras=loras, unused=unused)
+    if step is not None or weights_of:
+        raise ValueError(f"--step and --weights-of are for the folder of a training run, and {source} is none")
     if layout == "kavatar" and loras:
-        return merge(source, destination, only, loras, unused, console)
+        return merge(source, destination, console, only=only, loras=loras, unused=unused)
     if layout == "kavatar":
         raise ValueError(f"{source} is a weights directory of ours; say what to make of it: --to {', '.join(LAYOUTS)}")
     if layout == "stableavatar":
@@ -149,31 +155,6 @@ def convert(
             console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
         files = [file for file in (destination / name).rglob("*") if file.is_file()]
         note(destination, "kavatar", {name: os.path.relpath(path, source)}, files)
-
-
-def merge(
-    source: Path, destination: Path, only: list[str] | None, loras: Sequence[str], unused: str, console: Console
-) -> None:
-    """Our weights directory with LoRA files merged into the transformer; its other parts are copied."""
-    if destination.exists():
-        raise ValueError(f"there is something at {destination}; name a folder that is new")
-    parts = [name for name in PARTS if (source / name).is_dir() and (not only or name in only)]
-    if "dit" not in parts:
-        raise ValueError(f"--lora {loras[0]} is for a transformer, and none is taken from {source}")
-    config = read_config(source / "dit", *COMPONENTS["dit"].kinds)
-    changes = read_lora_files(loras, config, unused=unused)
-    tensors = Merged(open_component(source / "dit", abstract("dit", config)), changes)
-    with replacing(destination) as partial:
-        for name in parts:
-            if name != "dit":
-                shutil.copytree(source / name, partial / name)
-                continue
-            broken = copy_component(tensors, config, partial / name, source=", ".join(map(str, loras)))
-            if broken:
-                console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
-        files = [file for file in partial.rglob("*") if file.is_file()]
-        note(partial, "kavatar", {name: name for name in parts} | {"dit": " + ".join(["dit", *loras])}, files)
-    console.print(f"dit        from {source / 'dit'} with {', '.join(loras)}", soft_wrap=True)
 
 
 def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> dict[str, Path]:

@@ -4,6 +4,7 @@ kavatar        dit/model.safetensors, dit/config.json, vae/..., as every other p
 stableavatar   StableAvatar-1.3B/, Wan2.1-Fun-V1.1-1.3B-InP/, wav2vec2-base-960h/
 wan            diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5_*.pth, models_clip_*.pth, google/
 diffusers      transformer/, vae/, text_encoder/, image_encoder/, tokenizer/
+run            checkpoints/, config.json: what `kavatar train` leaves
 transformers   the folder of one model alone, its config.json naming the model: a speech encoder, or one of the others
 """
 
@@ -89,6 +90,8 @@ def detect(source: Path) -> tuple[str, str, dict[str, Place]]:
     there = [path for path in ours if (source / path).is_file()]
     if there:
         return "kavatar", f"there is {there[0]}", {}
+    if (source / "checkpoints").is_dir() and "trained" in _says(source / "config.json"):
+        return "run", "there is checkpoints/, and config.json describes a training run", {}
     tops = [top for top in (Path(TRANSFORMERS["square"]).parts[0], BASE, RELEASE) if (source / top).is_dir()]
     if tops:
         return "stableavatar", f"there is {tops[0]}/", places("stableavatar")
@@ -104,7 +107,11 @@ def detect(source: Path) -> tuple[str, str, dict[str, Place]]:
         there = [place.path for place in found.values() if is_there(source / place.path)]
         if there:
             return layout, f"there is {there[0]}", found
-    looked = [f"{ours[0]} and the like of ours", f"{TRANSFORMERS['square']}, {BASE}/ or {RELEASE}/ of StableAvatar"]
+    looked = [
+        f"{ours[0]} and the like of ours",
+        "checkpoints/ of a training run",
+        f"{TRANSFORMERS['square']}, {BASE}/ or {RELEASE}/ of StableAvatar",
+    ]
     looked += [
         f"{', '.join(place.path for place in places(layout).values())} of {layout}" for layout in ("diffusers", "wan")
     ]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -76,10 +77,19 @@ Changes = Mapping[
 ]  # our path -> layer, None where there are none -> what is added
 
 
+class Parts(Protocol):
+    """Tensors of ours that can be read in parts."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
 class Merged(Mapping):
     """A component's tensors with changes added to them, in float32, and rounded once to the dtype that they are kept in."""
 
-    def __init__(self, tensors: Tensors, changes: Changes):
+    def __init__(self, tensors: Parts, changes: Changes):
         self.shapes, self.dtypes = tensors.shapes, tensors.dtypes
         self._tensors, self._changes = tensors, changes
 
@@ -97,11 +107,11 @@ class Merged(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         return self.part(name, tuple(slice(None) for _ in self.shapes[name]))
 
-    def __iter__(self):
-        return iter(self._tensors)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.shapes)
 
 
 def add(values: np.ndarray, changes: Iterable[Change], index: tuple[slice, ...] | None = None) -> np.ndarray:

@@ -32,7 +32,7 @@ from kavatar_jax.checkpoint.bridge import (
     unflatten,
 )
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
-from kavatar_jax.checkpoint.lora import Changes, Merged, add
+from kavatar_jax.checkpoint.lora import Changes, Merged, Parts, add
 from kavatar_jax.checkpoint.shards import Lazy
 from kavatar_jax.types import Params, Report, silent
 
@@ -101,9 +101,7 @@ def as_reference(folder: Path, tensors: Tensors, rows: list[Row]) -> dict[str, L
     return {key: lazy(key, slots) for key, slots in found.items()}
 
 
-def copy_component(
-    tensors: Tensors | Merged, config: Any, folder: Path, *, source: str = "", report: Report = silent
-) -> set[str]:
+def copy_component(tensors: Parts, config: Any, folder: Path, *, source: str = "", report: Report = silent) -> set[str]:
     """Write tensors of ours as a component, a row of a stack at a time -> which of them hold NaN or Inf."""
     with replacing(folder) as partial:
         shapes = {name: (shape, tensors.dtypes[name]) for name, shape in tensors.shapes.items()}
@@ -170,7 +168,7 @@ def read_config(folder: Path, *kinds: type) -> Any:
         kind = described.pop("kind", None) if isinstance(described, dict) else None
         if kind is not None and kind not in named:
             raise ValueError(f"it is a {kind}")
-        return _revive(described, named.get(kind, kinds[0]), "it")
+        return revive(described, named.get(kind, kinds[0]), "it")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except ValueError as error:  # also what is no JSON and no text
@@ -178,6 +176,38 @@ def read_config(folder: Path, *kinds: type) -> Any:
             f"{path} does not describe a {' or '.join(named)}: {error}. Another version wrote it; convert "
             f"{folder.name} again"
         ) from None
+
+
+def revive(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as a field's type: int, float, bool, str, tuple[X, ...], a dataclass, any of them or None.
+
+    where: what it is, for the ValueError. Of several dataclasses the first that has all of its fields.
+    """
+    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in options:
+        return None
+    options = [option for option in options if option is not NoneType]
+    fits = (option for option in options[:-1] if isinstance(value, dict) and value.keys() <= _fields(option))
+    kind = next(fits, options[-1])
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        # a field with a default came later than some directories; its default is what they were made with
+        required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        unknown, missing = sorted(value.keys() - types.keys()), sorted(required - value.keys())
+        if unknown or missing:
+            parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
+            raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))
+        return kind(**{name: revive(item, types[name], name) for name, item in value.items()})  # type: ignore
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        if len(kinds) == len(value):
+            return tuple(revive(item, k, where) for item, k in zip(value, kinds, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
+    return value
 
 
 @contextlib.contextmanager
@@ -210,28 +240,5 @@ def _place(tensors: Merged, name: str, leaf, sharding: jax.sharding.Sharding) ->
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _revive(value: Any, kind: Any, where: str) -> Any:
-    """A JSON value as a field's type: int, float, bool, str, tuple[X, ...], a dataclass, or any of them or None."""
-    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if value is None and NoneType in options:
-        return None
-    (kind,) = (option for option in options if option is not NoneType)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        types = {field.name: field.type for field in dataclasses.fields(kind)}
-        # a field with a default came later than some directories; its default is what they were made with
-        required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-        unknown, missing = sorted(value.keys() - types.keys()), sorted(required - value.keys())
-        if unknown or missing:
-            parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
-            raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))
-        return kind(**{name: _revive(item, types[name], name) for name, item in value.items()})  # type: ignore
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        kinds = typing.get_args(kind)
-        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
-        if len(kinds) == len(value):
-            return tuple(_revive(item, k, where) for item, k in zip(value, kinds, strict=True))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
-    return value
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
