@@ -1,9 +1,10 @@
 """Between checkpoint layouts and our weights directory: python tools/convert_checkpoint.py SRC DST [--to LAYOUT]
 
 To ours: SRC is the tree of the StableAvatar release (`huggingface-cli download FrancisRing/StableAvatar`), a folder of
-Wan2.1 in its own layout or in that of diffusers, one model's folder of transformers, such as a speech encoder, or the
-folder of a training run of ours. Which it is, is told from its files. From ours: --to diffusers, wan or stableavatar; or
---lora FILE[:SCALE], merged into the transformer of SRC, whatever its layout. DST is then a new folder.
+Wan2.1 in its own layout or in that of diffusers, one model's folder of transformers, such as a speech encoder, one file with
+a transformer alone, or the folder of a training run of ours. Which it is, is told from its files. From ours: --to diffusers,
+wan, stableavatar, or transformers, a speech encoder alone; DST is a new folder. --lora FILE[:SCALE] merges LoRA files into
+the transformer of SRC, whatever its layout, ours included, on the way to ours.
 Every part is checked before any is written: all keys in both directions, all shapes. Then tensors are read one at a time
 and keep their dtype. A part bears its name in DST only once it is whole.
 """
@@ -36,11 +37,12 @@ from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.models.names import ORIGINAL, Names
 from kavatar_jax.types import Params
 from tools.export import LAYOUTS, export
-from tools.layouts import CONFIGS, FILES, TRANSFORMERS, Place, detect
+from tools.layouts import CONFIGS, FILES, PARTS, TRANSFORMERS, Place, detect
 from tools.ours import merge, take_run
+from tools.pipeline import check_pipeline
 
 PUBLISHED = ("stableavatar", "stableavatar:fourteen_b")  # configs whose networks a file is compared with
-PARTS = (*COMPONENTS, "tokenizer")
+HEAD_WIDTH = 128  # of every published Wan
 ENDS = 2 * 257  # tokens of the first and the last frame, in FLF2V
 GIGABYTE = 10**9
 
@@ -127,9 +129,11 @@ def convert(
     if layout == "stableavatar":
         found = find_files(source, transformer, only or list(FILES))
     else:
-        found = _find_parts(source, layout, known, only)
-    if "tokenizer" in found:
-        read_json(found["tokenizer"])
+        folder = source if source.is_dir() else source.parent
+        check_pipeline(folder, console)
+        found = _find_parts(folder, layout, known, only)
+    for name in found.keys() - COMPONENTS.keys():
+        read_json(found[name])
     networks, problems = {}, []
     for name in found.keys() & COMPONENTS.keys():
         try:
@@ -154,7 +158,8 @@ def convert(
         if broken:
             console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
         files = [file for file in (destination / name).rglob("*") if file.is_file()]
-        note(destination, "kavatar", {name: os.path.relpath(path, source)}, files)
+        at = os.path.relpath(path, source if source.is_dir() else source.parent)
+        note(destination, "kavatar", {name: at}, files)
 
 
 def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> dict[str, Path]:
@@ -198,11 +203,13 @@ def _open_network(name: str, path: Path, place: Place, source: Path, image_heads
     names, role = place.names, COMPONENTS[name].role
     assert names is not None
     described = read_json(source / place.config) if place.config else {}
-    if lacking := [field for field in names.needs if field not in described]:
-        raise ValueError(f"{source / (place.config or '')} has no {', '.join(lacking)}")
+    if place.config and (lacking := [field for field in names.needs if field not in described]):
+        raise ValueError(f"{source / place.config} has no {', '.join(lacking)}")
     if name == "image" and image_heads is not None:
         described = described | {"num_heads": image_heads}
-    tensors = open_tensors(path)
+    tensors = open_tensors(path).stripped(place.prefix)
+    if name == "dit" and place.config is None:  # one file alone, which does not say
+        described = {"num_heads": next(iter(tensors.shapes.get("patch_embedding.bias", [0]))) // HEAD_WIDTH}
     try:
         config = names.config_of(tensors.shapes, described)
         _check_heads_and_kind(name, config, names)

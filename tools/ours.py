@@ -13,6 +13,7 @@ from kavatar_jax.checkpoint.weights import copy_component, open_component, read_
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.training.export import take_tokenizer
 from kavatar_jax.training.learnt import open_run
+from tools.layouts import PARTS
 
 
 def merge(
@@ -23,7 +24,7 @@ def merge(
     ValueError as lora.read_loras, or if there is no transformer, before anything is written.
     """
     _check_new(destination)
-    parts = [name for name in (*COMPONENTS, "tokenizer") if (source / name).is_dir() and (not only or name in only)]
+    parts = [name for name in PARTS if (source / name).is_dir() and (not only or name in only)]
     if "dit" not in parts:
         raise ValueError(f"--lora {loras[0]} is for a transformer, and none is taken from {source}")
     config = read_config(source / "dit", *COMPONENTS["dit"].kinds)

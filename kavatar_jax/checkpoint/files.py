@@ -49,18 +49,30 @@ class Tensors(Mapping):
             for name, (shape, dtype) in opened.items():
                 if name in self._home:
                     raise ValueError(f"{name} stands in two files; one is {path}")
-                self.shapes[name], self.dtypes[name], self._home[name] = shape, dtype, opened
+                self.shapes[name], self.dtypes[name], self._home[name] = shape, dtype, (opened, name)
+
+    def stripped(self, prefix: str) -> "Tensors":
+        """The same tensors with names that begin with `prefix` without it."""
+        found = Tensors()
+        found.metadata = self.metadata
+        for kept in ("shapes", "dtypes", "_home"):
+            setattr(found, kept, {name.removeprefix(prefix): value for name, value in getattr(self, kept).items()})
+        if len(found) < len(self):
+            raise ValueError(f"some tensors are there both with {prefix} and without")
+        return found
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor, still in its file: not to be written to, and to be let go of soon."""
-        return self._home[name].read(name)
+        opened, known = self._home[name]
+        return opened.read(known)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A copy of a slice of one tensor; only its own bytes are read."""
-        return np.array(self._home[name].read(name)[index], order="C")
+        opened, known = self._home[name]
+        return np.array(opened.read(known)[index], order="C")
 
     def file_of(self, name: str) -> Path:
-        return self._home[name].path
+        return self._home[name][0].path
 
     def __contains__(self, name: object) -> bool:
         return name in self._home

@@ -72,9 +72,8 @@ class Change:
         return forward(self.layout, delta * np.float32(self.scale))
 
 
-Changes = Mapping[
-    str, Mapping[int | None, list[Change]]
-]  # our path -> layer, None where there are none -> what is added
+# our path -> layer, None where there are none -> what is added
+Changes = Mapping[str, Mapping[int | None, list[Change]]]
 
 
 class Parts(Protocol):
@@ -147,7 +146,7 @@ def read_loras(
     merged: dict[str, dict[int | None, list[Change]]] = {}
     for path, scale in files:
         changes, left = read_lora(path, names, params)
-        if left and (unused == "refuse" or not changes):
+        if not changes or (left and unused == "refuse"):
             hint = "; leave them out with --lora-unused ignore" if changes else ", which is all of them"
             raise ValueError(f"{path} has {len(left)} tensors that nothing here is for: {', '.join(left)}{hint}")
         for (name, layer), found in changes.items():
