@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kavatar_jax.checkpoint.bridge import contiguous
+
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 REMAP_AFTER = 2**28  # bytes read
 PIECE = 2**22  # numbers looked at together
@@ -114,7 +116,7 @@ class SafetensorsWriter:
         """Write a tensor, or one row of its first axis, once; in the dtype it was announced with."""
         entry = self._header[name]
         shape, offset = tuple(entry["shape"]), entry["data_offsets"][0]
-        values = np.asarray(values, _CODES[entry["dtype"]], order="C")
+        values = contiguous(np.asarray(values, _CODES[entry["dtype"]]))
         assert values.shape == (shape if row is None else shape[1:]), f"{name} is {shape}, not {values.shape}"
         self._file.seek(self._start + offset + (row or 0) * values.nbytes)
         flat = values.reshape(-1)

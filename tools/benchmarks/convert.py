@@ -52,7 +52,8 @@ def measure_conversion(config: str, folder: Path, disk: float) -> Iterator[dict]
                 converted = _apart(target, folder / source, folder / target)
                 yield {
                     "from": source, "to": target, "layers": dit.layers, "gigabytes": size / GIGABYTE, **converted,
-                    "copy_seconds": copied["seconds"], "speed": copied["seconds"] / converted["seconds"],
+                    "copy_seconds": copied["seconds"],
+                    "copy_cpu_seconds": copied["cpu_seconds"], "speed": copied["seconds"] / converted["seconds"],
                 }  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
