@@ -215,7 +215,8 @@ def _homes(names: list[list[Row]], params: Params) -> dict[str, tuple]:
     homes: dict[str, tuple] = {}
     for rows in names:
         for key, home in reference_slots(rows, params).items():
-            assert homes.setdefault(_squash(key), home) == home, f"{key} is the name of two"
+            known = homes.setdefault(_squash(key), home)
+            assert known == home, f"{key} is the name of two"
     return homes
 
 
