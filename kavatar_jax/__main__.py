@@ -27,6 +27,12 @@ def generate(
     instruction: Annotated[str, typer.Option(help="What happens, in words.")] = "",
     config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:SCALE, added to the transformer; may be given several times.")
+    ] = None,
+    lora_unused: Annotated[
+        str, typer.Option(help="Tensors of such files that nothing here is for: refuse or ignore.")
+    ] = "refuse",
     mode: Annotated[
         str,
         typer.Option(
@@ -49,7 +55,7 @@ def generate(
     order = command.Order(
         portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
         mode=mode, size=size, fps=fps, steps=steps, seed=seed, storyline=storyline, storyline_out=storyline_out,
-        last_frame=last_frame, frames=frames, fields=tuple(set_ or ()),
+        last_frame=last_frame, frames=frames, loras=tuple(lora or ()), lora_unused=lora_unused, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         command.run(order)

@@ -605,3 +605,12 @@ def test_config_that_is_none(tmp_path, content):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="there is no .*config.json"):
         weights.read_config(tmp_path, CLIPConfig)
+
+
+@pytest.mark.parametrize("shape", [(5, 70), (33, 1), (0, 4), (7,), (2, 3, 40), ()])
+@pytest.mark.parametrize("dtype", [BF16, np.float32, np.int8])
+def test_axes_in_another_order(shape, dtype):
+    values = np.arange(int(np.prod(shape))).reshape(shape).astype(dtype)
+    found = bridge.contiguous(values.T)
+    assert found.flags.c_contiguous and found.dtype == dtype and found.shape == shape[::-1]
+    assert found.tobytes() == np.array(values.T, order="C").tobytes()

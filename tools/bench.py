@@ -1,10 +1,13 @@
 """Measure speed and memory: python tools/bench.py cpu [--only block step vae] [--json FILE]
                             python tools/bench.py aot [--config NAME] [--topology v5e:2x2] [--mesh 4 1 1 1]
+                            python tools/bench.py convert [--config wan:i2v_720p] [--disk 12] [--folder DIR]
 
 cpu: our networks beside other implementations of them on two cores of this machine, in turns, as ratios of the time that
 they take. Other work on the machine shows in the range of the ratios; --cores 1 takes the time of one core computing
 instead, which is steadier. Needs the extra `parity`, but for `step`.
 aot: memory, kernels and collectives of a sampling step on TPUs that are not there. Needs the extra `aot`.
+convert: the converter's time and peak memory beside a copy of the same bytes, on synthesised weights of a transformer
+with as many layers as fit into that many gigabytes of the disk; they are deleted afterwards.
 Exit 0 whatever the ratios are.
 """
 
@@ -51,11 +54,15 @@ def main() -> int:
     aot.add_argument("--topology", default="v5e:2x2")
     aot.add_argument("--mesh", type=int, nargs=4, default=[-1, 1, 1, 1], metavar=("DATA", "FSDP", "CONTEXT", "TENSOR"))
     aot.add_argument("--windows", type=int, default=4)
-    for command in (cpu, aot):
+    conversion = commands.add_parser("convert", help="the converter beside a copy of the bytes")
+    conversion.add_argument("--config", default="wan:i2v_720p")
+    conversion.add_argument("--disk", type=float, default=12, help="gigabytes that may be written")
+    conversion.add_argument("--folder", type=Path, default=Path("bench_convert"), help="a new one, deleted afterwards")
+    for command in (cpu, aot, conversion):
         command.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     try:
-        report = {"cpu": measure_cpu, "aot": measure_aot}[arguments.command](arguments)
+        report = {"cpu": measure_cpu, "aot": measure_aot, "convert": measure_convert}[arguments.command](arguments)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -96,6 +103,23 @@ def measure_aot(arguments) -> dict:
         table.add_row(name, f"{value / 2**30:.2f} GiB" if name.endswith("bytes") else str(value))
     Console(width=150).print(table)
     return report
+
+
+def measure_convert(arguments) -> list[dict]:
+    from tools.benchmarks.convert import measure_conversion
+
+    if arguments.folder.exists():
+        raise ValueError(f"there is something at {arguments.folder}; name a folder that is new")
+    table = Table("from", "to", "layers", "GB", "s", "CPU s", "copy s", "copy CPU s", "speed beside a copy", "peak GiB")
+    rows = list(measure_conversion(arguments.config, arguments.folder, arguments.disk))
+    for row in rows:
+        table.add_row(
+            row["from"], row["to"], str(row["layers"]), f"{row['gigabytes']:.2f}", f"{row['seconds']:.1f}",
+            f"{row['cpu_seconds']:.1f}", f"{row['copy_seconds']:.1f}", f"{row['copy_cpu_seconds']:.1f}",
+            f"{row['speed']:.2f}", f"{row['peak_gib']:.2f}",
+        )  # fmt: skip
+    Console(width=150).print(table)
+    return rows
 
 
 def _block(rounds: int) -> Iterator[Result]:

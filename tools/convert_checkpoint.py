@@ -1,8 +1,10 @@
 """Between checkpoint layouts and our weights directory: python tools/convert_checkpoint.py SRC DST [--to LAYOUT]
 
 To ours: SRC is the tree of the StableAvatar release (`huggingface-cli download FrancisRing/StableAvatar`), a folder of
-Wan2.1 in its own layout or in that of diffusers, or one model's folder of transformers, such as a speech encoder. Which it
-is, is told from its files. From ours: --to diffusers, wan or stableavatar; DST is a new folder.
+Wan2.1 in its own layout or in that of diffusers, one model's folder of transformers, such as a speech encoder, one file with
+a transformer alone, or the folder of a training run of ours. Which it is, is told from its files. From ours: --to diffusers,
+wan, stableavatar, or transformers, a speech encoder alone; DST is a new folder. --lora FILE[:SCALE] merges LoRA files into
+the transformer of SRC, whatever its layout, ours included, on the way to ours.
 Every part is checked before any is written: all keys in both directions, all shapes. Then tensors are read one at a time
 and keep their dtype. A part bears its name in DST only once it is whole.
 """
@@ -12,25 +14,35 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from kavatar_jax.cascade.weights import read_lora_files
 from kavatar_jax.checkpoint.bridge import Mismatch, layers_as_in, placements
 from kavatar_jax.checkpoint.files import Tensors, read_json
+from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.checkpoint.manifest import note
 from kavatar_jax.checkpoint.shards import is_there, open_tensors
-from kavatar_jax.checkpoint.weights import convert_component, replacing, stored_dtypes
+from kavatar_jax.checkpoint.weights import (
+    NO_CHANGES,
+    convert_component,
+    replacing,
+    stored_dtypes,
+)
 from kavatar_jax.config import load_config
 from kavatar_jax.models.components import COMPONENTS, abstract
 from kavatar_jax.models.names import ORIGINAL, Names
 from kavatar_jax.types import Params
 from tools.export import LAYOUTS, export
-from tools.layouts import CONFIGS, FILES, TRANSFORMERS, Place, detect
+from tools.layouts import CONFIGS, FILES, PARTS, TRANSFORMERS, Place, detect
+from tools.ours import merge, take_run
+from tools.pipeline import check_pipeline
 
 PUBLISHED = ("stableavatar", "stableavatar:fourteen_b")  # configs whose networks a file is compared with
-PARTS = (*COMPONENTS, "tokenizer")
+HEAD_WIDTH = 128  # of every published Wan
 ENDS = 2 * 257  # tokens of the first and the last frame, in FLF2V
 GIGABYTE = 10**9
 
@@ -60,10 +72,21 @@ def main() -> int:
     parser.add_argument(
         "--rest", type=Path, help="to write a release: a folder of it, for the tensors that ours has no use for"
     )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the transformer"
+    )
+    parser.add_argument("--step", type=int, help="of a training run: which checkpoint, the newest unless given")
+    parser.add_argument("--weights-of", choices=["ema", "raw"], default="", help="of a training run: averages or not")
+    parser.add_argument("--lora-unused", choices=["refuse", "ignore"], default="refuse")
     a = parser.parse_args()
     try:
         if a.to == "kavatar":
-            convert(a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads)
+            convert(
+                a.source, a.destination, transformer=a.transformer, only=a.only, image_heads=a.image_heads,
+                loras=a.lora, unused=a.lora_unused, step=a.step, weights_of=a.weights_of,
+            )  # fmt: skip
+        elif a.lora:
+            raise ValueError("--lora goes --to kavatar; write the weights directory that comes of it in a second step")
         else:
             size = int(a.shard_size * GIGABYTE)
             export(
@@ -82,24 +105,35 @@ def main() -> int:
 def convert(
     source: Path, destination: Path, *,
     transformer: str = "square", only: list[str] | None = None, image_heads: int | None = None,
+    loras: Sequence[str] = (), unused: str = "refuse", step: int | None = None, weights_of: str = "",
 ) -> None:  # fmt: skip
     """Convert every part that the source's layout has, or those in `only`, into our weights directory.
 
     transformer: "square", "rec-vec" or the path of any other file with a transformer of this kind
     image_heads: heads of the image encoder where they are not 80 wide; its file does not say
+    loras: FILE or FILE:SCALE, merged into the transformer; unused: what to do with tensors there that nothing is for
+    step, weights_of: of a training run, as training.learnt.open_run
     ValueError says all that is missing or does not fit, one line for each part, before anything is written.
     """
     console = Console(stderr=True)
     layout, reason, known = detect(source)
     console.print(f"{layout}: {reason}", soft_wrap=True)
+    if layout == "run":
+        return take_run(source, destination, console, step=step, kind=weights_of, only=only, loras=loras, unused=unused)
+    if step is not None or weights_of:
+        raise ValueError(f"--step and --weights-of are for the folder of a training run, and {source} is none")
+    if layout == "kavatar" and loras:
+        return merge(source, destination, console, only=only, loras=loras, unused=unused)
     if layout == "kavatar":
         raise ValueError(f"{source} is a weights directory of ours; say what to make of it: --to {', '.join(LAYOUTS)}")
     if layout == "stableavatar":
         found = find_files(source, transformer, only or list(FILES))
     else:
-        found = _find_parts(source, layout, known, only)
-    if "tokenizer" in found:
-        read_json(found["tokenizer"])
+        folder = source if source.is_dir() else source.parent
+        check_pipeline(folder, console)
+        found = _find_parts(folder, layout, known, only)
+    for name in found.keys() - COMPONENTS.keys():
+        read_json(found[name])
     networks, problems = {}, []
     for name in found.keys() & COMPONENTS.keys():
         try:
@@ -108,11 +142,15 @@ def convert(
             problems.append(str(error))
     if problems:
         raise ValueError("\n".join(sorted(problems)))
+    if loras and "dit" not in networks:
+        raise ValueError(f"--lora {loras[0]} is for a transformer, and none is converted")
+    changes = read_lora_files(loras, networks["dit"].config, unused=unused) if loras else NO_CHANGES
     for name, path in found.items():
         broken = set()
         with console.status(f"converting {name}") as status:
             if name in networks:
-                broken = _convert_network(name, networks[name], destination / name, status)
+                added = changes if name == "dit" else NO_CHANGES
+                broken = _convert_network(name, networks[name], destination / name, status, added)
             else:
                 with replacing(destination / name) as partial:
                     shutil.copytree(path.parent, partial, dirs_exist_ok=True)
@@ -120,7 +158,8 @@ def convert(
         if broken:
             console.print(f"[red]{name:10} has NaN or Inf in {', '.join(sorted(broken))}", soft_wrap=True)
         files = [file for file in (destination / name).rglob("*") if file.is_file()]
-        note(destination, "kavatar", {name: os.path.relpath(path, source)}, files)
+        at = os.path.relpath(path, source if source.is_dir() else source.parent)
+        note(destination, "kavatar", {name: at}, files)
 
 
 def _find_parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> dict[str, Path]:
@@ -164,11 +203,13 @@ def _open_network(name: str, path: Path, place: Place, source: Path, image_heads
     names, role = place.names, COMPONENTS[name].role
     assert names is not None
     described = read_json(source / place.config) if place.config else {}
-    if lacking := [field for field in names.needs if field not in described]:
-        raise ValueError(f"{source / (place.config or '')} has no {', '.join(lacking)}")
+    if place.config and (lacking := [field for field in names.needs if field not in described]):
+        raise ValueError(f"{source / place.config} has no {', '.join(lacking)}")
     if name == "image" and image_heads is not None:
         described = described | {"num_heads": image_heads}
-    tensors = open_tensors(path)
+    tensors = open_tensors(path).stripped(place.prefix)
+    if name == "dit" and place.config is None:  # one file alone, which does not say
+        described = {"num_heads": next(iter(tensors.shapes.get("patch_embedding.bias", [0]))) // HEAD_WIDTH}
     try:
         config = names.config_of(tensors.shapes, described)
         _check_heads_and_kind(name, config, names)
@@ -230,13 +271,13 @@ def _published(name: str, names: Names) -> list[Any]:
     return seeing + both_ends + blind
 
 
-def _convert_network(name: str, network: Network, folder: Path, status) -> set[str]:
+def _convert_network(name: str, network: Network, folder: Path, status, changes: Changes) -> set[str]:
     def report(_, done: int, total: int) -> None:
         status.update(f"converting {name}: {100 * done // total} %")
 
     return convert_component(
         network.tensors, network.names.rows, network.wanted, network.config, folder,
-        unused=network.names.unused, source=network.path.name, report=report,
+        unused=network.names.unused, changes=changes, source=network.path.name, report=report,
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from kavatar_jax.checkpoint.manifest import note
 from kavatar_jax.checkpoint.shards import Lazy, open_tensors, write_tensors
 from kavatar_jax.checkpoint.weights import as_reference, open_component, read_config, replacing
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of
-from tools.layouts import TRANSFORMERS, Place, detect, places
+from tools.layouts import PARTS, TRANSFORMERS, Place, detect, places
+from tools.pipeline import complete_pipeline
 
-LAYOUTS = ("diffusers", "wan", "stableavatar")
+LAYOUTS = ("diffusers", "wan", "stableavatar", "transformers")
 
 
 class Ready(NamedTuple):
@@ -61,13 +62,15 @@ def export(
     with replacing(destination) as partial:
         for name, part in ready.items():
             _write(name, part, source / name, partial, shard_size, rest, console)
+        if layout == "diffusers" and "dit" in ready:
+            complete_pipeline(partial, read_config(source / "dit", *COMPONENTS["dit"].kinds))
         files = [file for file in partial.rglob("*") if file.is_file()]
         note(partial, layout, {name: name for name in ready}, files)
 
 
 def _parts(source: Path, layout: str, known: dict[str, Place], only: list[str] | None) -> list[str]:
     """Parts to write: all that are there, but that which no such layout has any place for."""
-    there = {name for name in (*COMPONENTS, "tokenizer") if (source / name).is_dir()}
+    there = {name for name in PARTS if (source / name).is_dir()}
     if only:
         lacking = [f"{name} ({source / name})" for name in only if name not in there]
         if lacking:
@@ -83,7 +86,9 @@ def _prepare(name: str, folder: Path, place: Place, rest: Path | None) -> Ready:
     if place.names is None:
         return Ready(place, {}, None)
     config = read_config(folder, *COMPONENTS[name].kinds)
-    if model_of(name, config) is not place.names.model:
+    fitting = (names for names in (place.names, *place.kinds) if names.model is model_of(name, config))
+    place = place._replace(names=next(fitting, None))
+    if place.names is None:
         raise ValueError(
             f"it is a {type(config).__name__}, for which this layout has no place; leave it out with --only"
         )

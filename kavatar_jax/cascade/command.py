@@ -14,7 +14,8 @@ from rich.console import Console
 import kavatar_jax
 from kavatar_jax.cascade.film import pictures_wanted
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass, generate_without_speech
-from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs
+from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs, read_lora_files
+from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.director.rules import direct
@@ -58,6 +59,8 @@ class Order:
     storyline_out: Path | None
     last_frame: Path | None
     frames: int | None
+    loras: tuple[str, ...]
+    lora_unused: str
     fields: tuple[str, ...]
 
 
@@ -66,6 +69,7 @@ def run(order: Order) -> None:
     console = Console(stderr=True)
     keep_compiled_programs()
     config = read_order(order)
+    changes = read_lora_files(order.loras, config.dit, unused=order.lora_unused)
     if order.mode == "video":
         request, plan = read_scene(order, config), None
     else:
@@ -75,7 +79,7 @@ def run(order: Order) -> None:
     # windows are spread over the devices; where there is only one, its tokens are
     mesh = make_mesh(data=1, context=-1) if order.mode == "video" else make_mesh()
     with jax.set_mesh(mesh), Display(console) as display:
-        weights = _open_weights(order, config, console)
+        weights = _open_weights(order, config, changes, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
         write_video(order.out, video.images, fps=video.fps, speech=video.speech, seconds=video.frames / video.fps)
@@ -107,6 +111,8 @@ def read_order(order: Order) -> Config:
     folder = find_weights(order, config)
     if folder is not None:
         config = read_configs(folder, config)
+    elif order.loras:
+        raise ValueError(f"--lora {order.loras[0]} is for weights that have been trained; give --weights DIR too")
     _check_network(order, config)
     check_writable(order.out)
     if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
@@ -217,7 +223,7 @@ def _read_performance(order: Order, config: Config, console: Console) -> tuple[R
     return request, plan
 
 
-def _open_weights(order: Order, config: Config, console: Console) -> Weights:
+def _open_weights(order: Order, config: Config, changes: Changes, console: Console) -> Weights:
     folder = find_weights(order, config)
     if folder is None:
         console.print(
@@ -226,7 +232,7 @@ def _open_weights(order: Order, config: Config, console: Console) -> Weights:
         return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
     if folder == DEMO:
         _warn_of_demo(order, config, console)
-    return load_weights(folder, config)
+    return load_weights(folder, config, changes=changes)
 
 
 def _warn_of_demo(order: Order, config: Config, console: Console) -> None:

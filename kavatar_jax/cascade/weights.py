@@ -1,15 +1,17 @@
 """The networks a run needs, from a weights directory onto the mesh."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from kavatar_jax.checkpoint.weights import load_component
+from kavatar_jax.checkpoint.lora import Changes, parse, read_loras
+from kavatar_jax.checkpoint.weights import NO_CHANGES, load_component
 from kavatar_jax.config import Config, DiTConfig
 from kavatar_jax.media.text import load_tokenizer
+from kavatar_jax.models import names
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.sharding import partition
@@ -66,15 +68,21 @@ def read_configs(folder: Path, config: Config) -> Config:
     return read
 
 
-def load_weights(folder: Path, config: Config) -> Weights:
-    """Read every network onto the current mesh, sharded by its AXES."""
+def load_weights(folder: Path, config: Config, *, changes: Changes = NO_CHANGES) -> Weights:
+    """Read every network onto the current mesh, sharded by its AXES; changes: added to the transformer."""
     check_complete(folder, config.dit)
     mesh, loaded = current(), {}
     for name in parts_of(config.dit):
         part = getattr(config, name)
         wanted, axes = abstract(name, part), model_of(name, part).AXES
-        loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh))
+        added = changes if name == "dit" else NO_CHANGES
+        loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh), changes=added)
     return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
+
+
+def read_lora_files(words: Sequence[str], config: DiTConfig, *, unused: str = "refuse") -> Changes:
+    """What LoRA files, each FILE or FILE:SCALE, add to such a transformer. ValueError as lora.read_loras."""
+    return read_loras(map(parse, words), names.LORA, abstract("dit", config), unused=unused)
 
 
 def draw_untrained(config: Config, seed: int, tokenizer) -> Weights:

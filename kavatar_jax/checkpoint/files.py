@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from kavatar_jax.checkpoint.bridge import contiguous
+
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 REMAP_AFTER = 2**28  # bytes read
 PIECE = 2**22  # numbers looked at together
@@ -33,32 +35,46 @@ _NAMES = {np.dtype(dtype): code for code, dtype in _CODES.items()}
 class Tensors(Mapping):
     """The tensors of one file or of several shards, name -> array, each read when it is asked for.
 
-    `shapes` and `dtypes` are known without reading. A torch file is opened with weights_only; a dict wrapped in
-    "state_dict", as training scripts save it, is unwrapped. ValueError, in one line, if a file is absent, damaged or cut
-    off, or holds anything but tensors.
+    `shapes`, `dtypes` and the `metadata` of safetensors are known without reading. A torch file is opened with weights_only;
+    a dict wrapped in "state_dict", as training scripts save it, is unwrapped. ValueError, in one line, if a file is absent,
+    damaged or cut off, or holds anything but tensors.
     """
 
     def __init__(self, *paths: Path):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
+        self.metadata: dict[str, str] = {}
         self._home = {}
         for path in paths:
             opened = _open(path)
+            self.metadata |= opened.metadata
             for name, (shape, dtype) in opened.items():
                 if name in self._home:
                     raise ValueError(f"{name} stands in two files; one is {path}")
-                self.shapes[name], self.dtypes[name], self._home[name] = shape, dtype, opened
+                self.shapes[name], self.dtypes[name], self._home[name] = shape, dtype, (opened, name)
+
+    def stripped(self, prefix: str) -> "Tensors":
+        """The same tensors with names that begin with `prefix` without it."""
+        found = Tensors()
+        found.metadata = self.metadata
+        for kept in ("shapes", "dtypes", "_home"):
+            setattr(found, kept, {name.removeprefix(prefix): value for name, value in getattr(self, kept).items()})
+        if len(found) < len(self):
+            raise ValueError(f"some tensors are there both with {prefix} and without")
+        return found
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The tensor, still in its file: not to be written to, and to be let go of soon."""
-        return self._home[name].read(name)
+        opened, known = self._home[name]
+        return opened.read(known)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A copy of a slice of one tensor; only its own bytes are read."""
-        return np.array(self._home[name].read(name)[index], order="C")
+        opened, known = self._home[name]
+        return np.array(opened.read(known)[index], order="C")
 
     def file_of(self, name: str) -> Path:
-        return self._home[name].path
+        return self._home[name][0].path
 
     def __contains__(self, name: object) -> bool:
         return name in self._home
@@ -100,7 +116,7 @@ class SafetensorsWriter:
         """Write a tensor, or one row of its first axis, once; in the dtype it was announced with."""
         entry = self._header[name]
         shape, offset = tuple(entry["shape"]), entry["data_offsets"][0]
-        values = np.asarray(values, _CODES[entry["dtype"]], order="C")
+        values = contiguous(np.asarray(values, _CODES[entry["dtype"]]))
         assert values.shape == (shape if row is None else shape[1:]), f"{name} is {shape}, not {values.shape}"
         self._file.seek(self._start + offset + (row or 0) * values.nbytes)
         flat = values.reshape(-1)
@@ -136,7 +152,7 @@ class _Safetensors:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = parse_json(path, file.read(length))
-        self.path, self._entries = path, {}
+        self.path, self._entries, self.metadata = path, {}, header.get("__metadata__", {})
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -157,6 +173,8 @@ class _Safetensors:
 
 
 class _Torch:
+    metadata: Mapping[str, str] = {}
+
     def __init__(self, path: Path):
         self.path, self._state, self._read = path, _load_torch(path), 0
         self._mapped = zipfile.is_zipfile(path)

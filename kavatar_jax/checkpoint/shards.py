@@ -45,9 +45,9 @@ def open_tensors(path: Path) -> Tensors:
     if not isinstance(homes, dict) or not homes:
         raise ValueError(f"{index} has no weight_map")
     files = sorted(set(map(str, homes.values())))
-    outside = [name for name in files if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)]
+    outside = [name for name in files if not re.fullmatch(rf"[\w-][\w.-]*{re.escape(path.suffix)}", name)]
     if outside:
-        raise ValueError(f"{index} names {outside[0]!r}; a shard is a .safetensors file beside it")
+        raise ValueError(f"{index} names {outside[0]!r}; a shard is a {path.suffix} file beside it")
     absent = [name for name in files if not (path.parent / name).is_file()]
     if absent:
         raise ValueError(f"{index} names shards that are not there: {', '.join(absent)}")

@@ -4,10 +4,14 @@ Written in the background under another name and renamed when whole; the newest 
 whatever mesh is asked for. Source: orbax.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from kavatar_jax.checkpoint.bridge import flatten, unflatten
 
 NAME = "state"
 SHARED_BYTES = 1 << 20
@@ -63,3 +67,38 @@ class Store:
 
     def __exit__(self, *_):
         self._checkpointer.close()
+
+
+class Stored(Mapping):
+    """The arrays of one checkpoint on the host, "trained/params/dit/..." -> array, each read when it is asked for.
+
+    step: the newest if None; afterwards the one that was found. ValueError if there is none.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        self._checkpointer = ocp.training.Checkpointer(folder.absolute(), context=context)
+        steps = [found.step for found in self._checkpointer.checkpoints]
+        if not steps or (step is not None and step not in steps):
+            there = f"; there are {', '.join(map(str, steps))}" if steps else ""
+            raise ValueError(f"there is no checkpoint {'' if step is None else f'of step {step} '}in {folder}{there}")
+        self.step = max(steps) if step is None else step
+        arrays = flatten(self._checkpointer.metadata(self.step).metadata)
+        arrays = {name: leaf for name, leaf in arrays.items() if hasattr(leaf, "shape")}  # not the optimizer's tuples
+        self.shapes = {name: tuple(leaf.shape) for name, leaf in arrays.items()}
+        self.dtypes = {name: np.dtype(leaf.dtype) for name, leaf in arrays.items()}
+
+    def read(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Several at once, which is faster."""
+        wanted = unflatten({name: np.empty(self.shapes[name], self.dtypes[name]) for name in names})
+        return flatten(self._checkpointer.load(self.step, wanted, checkpointable_name=NAME)) if names else {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.read([name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

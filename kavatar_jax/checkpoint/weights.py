@@ -32,9 +32,11 @@ from kavatar_jax.checkpoint.bridge import (
     unflatten,
 )
 from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
+from kavatar_jax.checkpoint.lora import Changes, Merged, Parts, add
 from kavatar_jax.checkpoint.shards import Lazy
 from kavatar_jax.types import Params, Report, silent
 
+NO_CHANGES: Changes = {}
 STORED = tuple(np.dtype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
@@ -56,11 +58,12 @@ def stored_dtypes(tensors: Tensors, rows: list[Row], abstract: Params, *, unused
 
 def convert_component(
     tensors: Tensors, rows: list[Row], abstract: Params, config: Any, folder: Path, *,
-    unused=(), source: str = "", report: Report = silent,
+    unused=(), changes: Changes = NO_CHANGES, source: str = "", report: Report = silent,
 ) -> set[str]:  # fmt: skip
     """Write reference tensors as a component, one at a time, in their own dtype -> which of ours hold NaN or Inf.
 
-    source: the file they come from, noted in ours. ValueError as `stored_dtypes`, before anything is written.
+    changes: added to ours; source: the file they come from, noted in ours. ValueError as `stored_dtypes`, before anything
+    is written.
     """
     dtypes = stored_dtypes(tensors, rows, abstract, unused=unused)
     wanted = flatten(abstract)
@@ -71,7 +74,8 @@ def convert_component(
         shapes = {path: (tuple(leaf.shape), dtypes[path]) for path, leaf in wanted.items()}
         with SafetensorsWriter(partial / "model.safetensors", shapes, {"source": source}) as writer:
             for done, (path, layer, values) in enumerate(pieces(tensors, placed), 1):
-                writer.write(path, values, layer)
+                found = changes.get(path, {}).get(layer)
+                writer.write(path, add(values, found) if found else values, layer)
                 del values  # it holds the file's memory
                 report(folder.name, done, total)
         write_config(partial, config)
@@ -97,6 +101,22 @@ def as_reference(folder: Path, tensors: Tensors, rows: list[Row]) -> dict[str, L
     return {key: lazy(key, slots) for key, slots in found.items()}
 
 
+def copy_component(tensors: Parts, config: Any, folder: Path, *, source: str = "", report: Report = silent) -> set[str]:
+    """Write tensors of ours as a component, a row of a stack at a time -> which of them hold NaN or Inf."""
+    with replacing(folder) as partial:
+        shapes = {name: (shape, tensors.dtypes[name]) for name, shape in tensors.shapes.items()}
+        with SafetensorsWriter(partial / "model.safetensors", shapes, {"source": source}) as writer:
+            for done, (name, shape) in enumerate(tensors.shapes.items(), 1):
+                whole = tuple(slice(None) for _ in shape)
+                for row in range(shape[0]) if len(shape) > 2 else ():
+                    writer.write(name, tensors.part(name, (slice(row, row + 1), *whole[1:]))[0], row)
+                if len(shape) <= 2:
+                    writer.write(name, tensors.part(name, whole))
+                report(folder.name, done, len(tensors.shapes))
+        write_config(partial, config)
+    return writer.broken
+
+
 def save_component(params: Params, config: Any, folder: Path) -> None:
     """Write parameters that are at hand."""
     flat = flatten(params)
@@ -108,13 +128,16 @@ def save_component(params: Params, config: Any, folder: Path) -> None:
         write_config(partial, config)
 
 
-def load_component(folder: Path, abstract: Params, shardings: Params, *, unread: Iterable[str] = ()) -> Params:
+def load_component(
+    folder: Path, abstract: Params, shardings: Params, *, unread: Iterable[str] = (), changes: Changes = NO_CHANGES
+) -> Params:
     """The component's parameters as `abstract` wants them (shape, dtype), each device reading its own part of the file.
 
-    unread: tensors that the file may hold beside them.
+    unread: tensors that the file may hold beside them; changes: added to what is read.
     ValueError lists what is missing, left over or of another shape.
     """
-    tensors, wanted, places = open_component(folder, abstract, unread=unread), flatten(abstract), flatten(shardings)
+    tensors, wanted = Merged(open_component(folder, abstract, unread=unread), changes), flatten(abstract)
+    places = flatten(shardings)
     return unflatten({name: _place(tensors, name, leaf, places[name]) for name, leaf in wanted.items()})
 
 
@@ -145,7 +168,7 @@ def read_config(folder: Path, *kinds: type) -> Any:
         kind = described.pop("kind", None) if isinstance(described, dict) else None
         if kind is not None and kind not in named:
             raise ValueError(f"it is a {kind}")
-        return _revive(described, named.get(kind, kinds[0]), "it")
+        return revive(described, named.get(kind, kinds[0]), "it")
     except FileNotFoundError:
         raise ValueError(f"there is no {path}") from None
     except ValueError as error:  # also what is no JSON and no text
@@ -153,6 +176,38 @@ def read_config(folder: Path, *kinds: type) -> Any:
             f"{path} does not describe a {' or '.join(named)}: {error}. Another version wrote it; convert "
             f"{folder.name} again"
         ) from None
+
+
+def revive(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as a field's type: int, float, bool, str, tuple[X, ...], a dataclass, any of them or None.
+
+    where: what it is, for the ValueError. Of several dataclasses the first that has all of its fields.
+    """
+    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in options:
+        return None
+    options = [option for option in options if option is not NoneType]
+    fits = (option for option in options[:-1] if isinstance(value, dict) and value.keys() <= _fields(option))
+    kind = next(fits, options[-1])
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        # a field with a default came later than some directories; its default is what they were made with
+        required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+        unknown, missing = sorted(value.keys() - types.keys()), sorted(required - value.keys())
+        if unknown or missing:
+            parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
+            raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))
+        return kind(**{name: revive(item, types[name], name) for name, item in value.items()})  # type: ignore
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        if len(kinds) == len(value):
+            return tuple(revive(item, k, where) for item, k in zip(value, kinds, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
+    return value
 
 
 @contextlib.contextmanager
@@ -173,7 +228,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _place(tensors: Tensors, name: str, leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+def _place(tensors: Merged, name: str, leaf, sharding: jax.sharding.Sharding) -> jax.Array:
     parts = {}  # devices that hold the same part share one reading of it
 
     def read(index):
@@ -185,28 +240,5 @@ def _place(tensors: Tensors, name: str, leaf, sharding: jax.sharding.Sharding) -
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _revive(value: Any, kind: Any, where: str) -> Any:
-    """A JSON value as a field's type: int, float, bool, str, tuple[X, ...], a dataclass, or any of them or None."""
-    options = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if value is None and NoneType in options:
-        return None
-    (kind,) = (option for option in options if option is not NoneType)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        types = {field.name: field.type for field in dataclasses.fields(kind)}
-        # a field with a default came later than some directories; its default is what they were made with
-        required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-        unknown, missing = sorted(value.keys() - types.keys()), sorted(required - value.keys())
-        if unknown or missing:
-            parts = [f"{where} has no {', '.join(missing)}"] * bool(missing)
-            raise ValueError("; ".join(parts + [f"{where} has an unknown {', '.join(unknown)}"] * bool(unknown)))
-        return kind(**{name: _revive(item, types[name], name) for name, item in value.items()})  # type: ignore
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        kinds = typing.get_args(kind)
-        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
-        if len(kinds) == len(value):
-            return tuple(_revive(item, k, where) for item, k in zip(value, kinds, strict=True))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is {value!r}, not {getattr(kind, '__name__', kind)}")
-    return value
+def _fields(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()

@@ -7,7 +7,7 @@ CLIPVisionModelWithProjection, Wav2Vec2Model and WhisperModel; the config.json o
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -294,7 +294,10 @@ DIFFUSERS = {
         clip, _IMAGE, (rf"{_TOWER}\.embeddings\.position_ids",), told=_told_of_image, describe=_describe_image
     ),
 }  # fmt: skip
+LORA = [ORIGINAL["dit"].rows, DIFFUSERS["dit"].rows]  # what LoRA files call the transformer's modules
 SPEECH = {  # by the model_type of transformers
     "wav2vec2": ORIGINAL["speech"],
     "whisper": Names(whisper, whisper.TORCH, whisper.UNUSED, describe=_describe_whisper),
 }
+# as WhisperModel has it, of which the encoder alone is written
+WHISPER = replace(SPEECH["whisper"], rows=[row._replace(key=row.key.split("|")[1]) for row in whisper.TORCH])

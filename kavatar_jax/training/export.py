@@ -30,14 +30,15 @@ def export(model: Config, components: frozenset[str], whole: Params, folder: Pat
         if jax.process_index() == 0:
             save_component(unflatten(arrays), config, folder / name)
     if "text" in components and jax.process_index() == 0:
-        _take_tokenizer(folder / "tokenizer", start)
+        take_tokenizer(folder / "tokenizer", start)
 
 
 def _on_host(leaf, dtype: str) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf.astype(jnp.dtype(dtype)), tiled=True))
 
 
-def _take_tokenizer(folder: Path, start: str) -> None:
+def take_tokenizer(folder: Path, start: str) -> None:
+    """The tokenizer of the weights directory `start`, plain bytes where there is none."""
     if start and (Path(start) / "tokenizer").is_dir():
         shutil.copytree(Path(start) / "tokenizer", folder, dirs_exist_ok=True)
         return

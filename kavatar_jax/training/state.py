@@ -51,9 +51,14 @@ def learns(path: str, config: TrainedConfig) -> bool:
     return _matches(path, config.patterns) and not _matches(path, config.frozen)
 
 
+def is_fresh(path: str, config: TrainConfig) -> bool:
+    """Whether a parameter, "component/path", starts from chance."""
+    return not config.weights or _matches(path, config.fresh)
+
+
 def drawn_anew(config: TrainConfig) -> frozenset[str]:
     """The components of which something starts from chance."""
-    return frozenset(name for name in COMPONENTS if not config.weights or _matches_any(name, config))
+    return frozenset(name for name in COMPONENTS if _any_fresh(name, config))
 
 
 def adopt(config: TrainConfig) -> TrainConfig:
@@ -185,7 +190,7 @@ def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps
 def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
     """One network's parameters on the mesh: from the weights directory, what is to be fresh drawn anew."""
     part, wanted = getattr(config.model, name), flatten(abstract(name, getattr(config.model, name)))
-    anew = [path for path in wanted if not config.weights or _matches(f"{name}/{path}", config.fresh)]
+    anew = [path for path in wanted if is_fresh(f"{name}/{path}", config)]
     flat, flat_places = {}, flatten(places)
     if len(anew) < len(wanted):
         stored = unflatten({path: leaf for path, leaf in wanted.items() if path not in anew})
@@ -198,9 +203,9 @@ def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
     return unflatten({path: flat[path] for path in wanted})
 
 
-def _matches_any(name: str, config: TrainConfig) -> bool:
+def _any_fresh(name: str, config: TrainConfig) -> bool:
     paths = flatten({name: abstract(name, getattr(config.model, name))})
-    return any(_matches(path, config.fresh) for path in paths)
+    return any(is_fresh(path, config) for path in paths)
 
 
 def _pick(tree: Params, paths: list[str]) -> Params:
