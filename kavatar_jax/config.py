@@ -19,8 +19,6 @@ class AudioAdapterConfig:
 
     modulated: the timestep modulates it; looking: its blocks look at the latents. Without either, and without layers, it is
     the paper's ablations.
-    pack: how many tokens of a slice, around its middle, make one vector more that is added to a frame's tokens in every
-    block (after OmniAvatar, arXiv 2506.18866); 0, as released, for none. It tells earlier from later, and is learnt soon.
     """
 
     speech_width: int
@@ -30,7 +28,6 @@ class AudioAdapterConfig:
     layers: int
     modulated: bool = True
     looking: bool = True
-    pack: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import AudioAdapterConfig, DiTConfig
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, velocity_towards
 from kavatar_jax.models import audio_adapter, director_projection
-from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, AudioPack, attend_per_frame
+from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, attend_per_frame
 from kavatar_jax.models.director_projection import DirectorProjection
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import (
@@ -60,10 +60,7 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all.
-
-    pack: (B, T, D) what each latent frame hears, added to its tokens.
-    """
+    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all."""
 
     modulation: jax.Array
     rope: tuple[jax.Array, jax.Array]
@@ -72,7 +69,6 @@ class Context(NamedTuple):
     audio: jax.Array | None
     audio_keys: jax.Array | None
     director: jax.Array | None
-    pack: jax.Array | None = None
 
 
 class Outputs(NamedTuple):
@@ -106,7 +102,7 @@ class DiT(nn.Module):
             tokens, cos, sin = jnp.where(real, tokens, 0), jnp.where(real, cos, 1), jnp.where(real, sin, 0)
 
         time, modulation = TimeEmbedding(c, name="time")(inputs.timestep)
-        audio = audio_keys = image = director = pack = None
+        audio = audio_keys = image = director = None
         text = TextEmbedding(c, name="text")(inputs.text)
         if c.image_width is not None:
             image = ImageEmbedding(c, name="image")(inputs.image)
@@ -117,10 +113,7 @@ class DiT(nn.Module):
             audio = AudioAdapter(c, name="audio")(inputs.speech, inputs.slices, frames, time, modulation)
             audio = audio if inputs.heard is None else jnp.where(inputs.heard[:, None, None, None], audio, 0)
             audio_keys = inputs.slices != ABSENT
-            if c.audio.pack:
-                pack = AudioPack(c, name="pack")(inputs.speech, inputs.slices)
-                pack = pack if inputs.heard is None else jnp.where(inputs.heard[:, None, None], pack, 0)
-        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director, pack)
+        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director)
 
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
@@ -150,8 +143,6 @@ class Block(nn.Module):
         table_6D = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width), c.param_dtype)
         rows = jnp.split(table_6D.astype(jnp.float32) + context.modulation, 6, axis=1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
-        if context.pack is not None:
-            x_BSD = x_BSD + self._hear(x_BSD, context.pack)
 
         h = (layer_norm(x_BSD, 1e-6) * (1 + scale) + shift).astype(c.dtype)
         h = SelfAttention(c, name="self_attn")(h, context.rope)
@@ -164,12 +155,6 @@ class Block(nn.Module):
         h = constrain(gelu_tanh(Linear(c.mlp, c.dtype, c.param_dtype, name="up")(h)), "batch", "tokens", "mlp")
         h = Linear(c.width, c.dtype, c.param_dtype, name="down")(h)
         return constrain((x_BSD + h * gate_mlp).astype(c.dtype), "batch", "tokens", None), None
-
-    def _hear(self, x_BSD, pack_BTD):
-        c = self.config
-        start = nn.initializers.zeros
-        h = Linear(c.width, c.dtype, c.param_dtype, use_bias=False, init=start, name="hear")(pack_BTD)
-        return jnp.repeat(h, x_BSD.shape[1] // pack_BTD.shape[1], axis=1)
 
 
 class SelfAttention(nn.Module):
@@ -412,9 +397,6 @@ AXES = {
     r"blocks/up/bias": ("layers", "mlp"),
     r"blocks/down/kernel": ("layers", "mlp", "embed"),
     r"blocks/down/bias": ("layers", None),
-    r"blocks/hear/kernel": ("layers", "embed", None),
-    r"pack/in/kernel": (None, "embed"),
-    r"pack/out/kernel": ("embed", None),
     r"skip/kernel": ("embed", None),
     r"skip/bias": (None,),
     r"head/modulation": (None, None),
