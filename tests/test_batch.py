@@ -227,10 +227,13 @@ WORKER = """
 import itertools, os, signal, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)  # of which one is used, as above
 jax.config.update("jax_default_matmul_precision", "highest")
 address, index, moment, manifest, out = sys.argv[1:]
 if address:
     jax.distributed.initialize(address, 2, int(index))
+local = jax.local_devices
+jax.local_devices = lambda: local()[:1]
 from kavatar_jax.cascade import batch, manifest as manifests
 from kavatar_jax.__main__ import app
 def kill(*_, **__):
@@ -253,7 +256,7 @@ def start(manifest: Path, out: Path, *, address: str = "", index: int = 0, momen
 @pytest.mark.parametrize("moment", ["ledger", "130"])
 def test_after_a_kill_the_rest_is_made_and_all_is_as_if_undisturbed(manifest, made, tmp_path, moment):
     killed = start(manifest, tmp_path, moment=moment)
-    _, said = killed.communicate(timeout=600)
+    _, said = killed.communicate(timeout=1800)
     assert killed.returncode == -signal.SIGKILL, said
     whole = {name: video for name, video in videos(tmp_path).items() if not name.startswith(".")}
     assert whole.items() < videos(made).items() and (whole or moment != "ledger")
@@ -267,7 +270,7 @@ def test_two_processes_make_what_one_does(manifest, made, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     running = [start(manifest, tmp_path, address=address, index=index) for index in range(2)]
-    told = [process.communicate(timeout=900)[1] for process in running]
+    told = [process.communicate(timeout=1800)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(said[-3000:] for said in told)
     assert all("2 of 2 videos are there" in said for said in told)
     assert videos(tmp_path) == videos(made)

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from kavatar_jax.cascade.blueprint import plan_windows
@@ -27,7 +26,7 @@ from kavatar_jax.config import Config
 from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.media.audio import load_speech
 from kavatar_jax.media.video import remove_leftovers, write_video
-from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.parallel.mesh import make_mesh, wait_for_processes
 from kavatar_jax.types import Request, Storyline, Video
 
 GROUPS_IN_FLIGHT = 4  # so many groups' worth of windows are at work together: two would do but for videos between steps
@@ -64,21 +63,18 @@ def run(manifest: Path, order: Order) -> bool:
     left = [job for job in mine if done.get(job.name) != fingerprint(job, config) or not job.order.out.is_file()]
     if len(left) < len(mine):
         console.print(f"{len(mine) - len(left)} of {len(mine)} videos are done already")
-    failed = _make_all(left, order, config, ledger, console) if left else 0
+    failed = _make_all(left, config, ledger, console) if left else 0
     remove_leftovers(order.out, names)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(
-            "kavatar batch"
-        )  # who is ready early waits: the first to leave ends the others
+    wait_for_processes("kavatar batch")
     console.print(f"{order.out}: {len(mine) - failed} of {len(mine)} videos are there, {len(faults)} bad lines")
     return not failed and not faults
 
 
-def _make_all(jobs: list[Job], order: Order, config: Config, ledger: Ledger, console: Console) -> int:
+def _make_all(jobs: list[Job], config: Config, ledger: Ledger, console: Console) -> int:
     """How many could not be made."""
     mesh = make_mesh(devices=jax.local_devices())
     with jax.set_mesh(mesh), Display(console) as display:
-        weights = open_weights(order, config, console)
+        weights = open_weights(jobs[0].order, config, console)
         display("loading weights", 1, 1)
         with Together(weights.dit, config.dit, config.sampling, mesh) as together:
             studio = _Studio(weights, config, together, ledger, display, console)
