@@ -181,7 +181,7 @@ def test_a_video_that_fails_under_way_leaves_the_others_alone(manifest, made, tm
 
     monkeypatch.setattr(batch, "draw", failing)
     result = kavatar(manifest, tmp_path)
-    assert result.exit_code == 1 and "dora: no room" in result.output
+    assert result.exit_code == 1 and "line 4, dora: no room" in result.output
     (failed,) = (line for line in results(tmp_path) if line["status"] == "failed")
     assert (failed["name"], failed["line"], failed["error"]) == ("dora", 4, "MemoryError: no room")
     expected = videos(made)

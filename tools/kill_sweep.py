@@ -3,7 +3,8 @@
 python tools/kill_sweep.py manifest.jsonl sweep/ --kills 20 --config demo
 
 Each run gets SIGKILL at a moment drawn from the length of an undisturbed one and the next goes on where it stopped; once all
-videos are there, they are compared and it begins anew, until so many kills have struck.
+videos are there, they are compared and it begins anew, until so many kills have struck. Make the videos once before: where
+programs have to be compiled, most moments fall into that.
 """
 
 import os
@@ -30,8 +31,6 @@ def main(
 ):
     moments, whole, disturbed = random.Random(seed), folder / "undisturbed", folder / "disturbed"
     words = [str(manifest), "--config", config]
-    make(words, whole)  # compiles the programs, so that the length of the next one is of work alone
-    shutil.rmtree(whole)
     seconds = make(words, whole)
     print(f"undisturbed: {seconds:.1f} s", flush=True)
     struck, killed_since, compared = 0, 0, 0

@@ -66,7 +66,9 @@ def run(manifest: Path, order: Order) -> bool:
     failed = _make_all(left, config, ledger, console) if left else 0
     remove_leftovers(order.out, names)
     wait_for_processes("kavatar batch")
-    console.print(f"{order.out}: {len(mine) - failed} of {len(mine)} videos are there, {len(faults)} bad lines")
+    console.print(
+        f"{order.out}: {len(mine) - failed} of {len(mine)} videos are there, {len(faults)} bad lines", soft_wrap=True
+    )
     return not failed and not faults
 
 
@@ -165,7 +167,7 @@ class _Studio:
         except Exception as error:
             with self._room:
                 self.failed += 1
-            self._console.print(f"{job.name}: {error}", highlight=False, soft_wrap=True)
+            self._console.print(f"line {job.line}, {job.name}: {error}", highlight=False, soft_wrap=True)
             self._ledger.add(status="failed", line=job.line, name=job.name, error=f"{type(error).__name__}: {error}")
             self._progress.finish(job)
 
