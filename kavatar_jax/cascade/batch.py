@@ -45,7 +45,7 @@ def run(manifest: Path, order: Order) -> bool:
     """
     if order.mode == "video":
         raise ValueError("--mode video is for kavatar generate; somebody speaks in every video of a batch")
-    console, ledger = Console(stderr=True), Ledger(order.out)
+    console, ledger = Console(stderr=True, markup=False, highlight=False), Ledger(order.out)
     keep_compiled_programs()
     jobs, faults = read_manifest(manifest, order)
     if order.out.exists() and not order.out.is_dir():
@@ -54,7 +54,7 @@ def run(manifest: Path, order: Order) -> bool:
     config = read_order(dataclasses.replace(order, out=order.out / "video.mp4"))
     if jax.process_index() == 0:
         for fault in faults:
-            console.print(fault.error)
+            console.print(fault.error, soft_wrap=True)
             ledger.add(status="failed", **dataclasses.asdict(fault))
     mine = jobs[jax.process_index() :: jax.process_count()]
     names = {job.name for job in mine}
@@ -167,7 +167,7 @@ class _Studio:
         except Exception as error:
             with self._room:
                 self.failed += 1
-            self._console.print(f"line {job.line}, {job.name}: {error}", highlight=False, soft_wrap=True)
+            self._console.print(f"line {job.line}, {job.name}: {error}", soft_wrap=True)
             self._ledger.add(status="failed", line=job.line, name=job.name, error=f"{type(error).__name__}: {error}")
             self._progress.finish(job)
 
