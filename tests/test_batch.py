@@ -23,6 +23,7 @@ from kavatar_jax.cascade import batch
 from kavatar_jax.cascade.blueprint import tell_windows
 from kavatar_jax.cascade.denoise import denoise, draw_noise
 from kavatar_jax.cascade.encode import encode
+from kavatar_jax.cascade.pipeline import generate
 from kavatar_jax.cascade.together import Stopped, Together
 from kavatar_jax.cascade.weights import draw_untrained
 from kavatar_jax.director.rules import direct
@@ -221,6 +222,17 @@ def test_windows_of_several_videos_are_denoised_as_each_alone():
         together.denoise(weights.dit, *tasks[0], stage="", report=silent)
 
 
+def test_the_cascade_is_that_of_a_single_video():
+    config, mesh = demo.tiny(), make_mesh(devices=jax.local_devices())
+    weights, request = draw_untrained(config, 0, ByteTokenizer()), make_request(config, 2.4)
+    with jax.set_mesh(mesh), Together(weights.dit, config.dit, config.sampling, mesh) as together:
+        one, other = (
+            np.stack(list(generate(request, direct, weights, config, denoise=how).images)).astype(int)
+            for how in (denoise, together.denoise)
+        )
+    assert np.abs(other - one).max() <= 1  # the same but for rounding, and that of pixels
+
+
 # in processes of their own
 
 WORKER = """
@@ -272,7 +284,7 @@ def test_two_processes_make_what_one_does(manifest, made, tmp_path):
     running = [start(manifest, tmp_path, address=address, index=index) for index in range(2)]
     told = [process.communicate(timeout=1800)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(said[-3000:] for said in told)
-    assert all("2 of 2 videos are there" in said for said in told)
+    assert all("2 of 2 videos are there" in said for said in told), told
     assert videos(tmp_path) == videos(made)
     assert sorted(line["name"] for line in results(tmp_path)) == sorted(name for name, *_ in JOBS)
 

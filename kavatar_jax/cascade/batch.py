@@ -81,7 +81,8 @@ def _make_all(jobs: list[Job], config: Config, ledger: Ledger, console: Console)
         with Together(weights.dit, config.dit, config.sampling, mesh) as together:
             studio = _Studio(weights, config, together, ledger, display, console)
             studio.make(jobs)
-    console.print(f"{together.used} windows in {together.slots} places of batches of {together.size}")
+    if together.slots:
+        console.print(f"batches of {together.size} windows, {together.used / together.slots:.0%} full")
     return studio.failed
 
 
