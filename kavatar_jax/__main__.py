@@ -62,6 +62,36 @@ def generate(
 
 
 @app.command()
+def batch(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            help="A line of JSON for every video: name, portrait, speech; where wanted instruction, seed, storyline, mode. "
+            "Paths are relative to the manifest."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the videos, NAME.mp4, and of results.jsonl.")],
+    config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,
+    mode: Annotated[str, typer.Option(help="cascade or single, for lines that do not say.")] = "cascade",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
+):
+    """Make many videos. Those that are done are skipped when it is run again; exit 1 if some could not be made."""
+    from kavatar_jax.cascade import batch, command
+
+    order = command.Order(
+        portrait=None, speech=None, out=out, instruction="", config=config, weights=weights, mode=mode, size=size, fps=fps,
+        steps=steps, seed=0, storyline=None, storyline_out=None, last_frame=None, frames=None, fields=tuple(set_ or ()),
+    )  # fmt: skip
+    with _speaking_plainly():
+        if not batch.run(manifest, order):
+            raise typer.Exit(1)
+
+
+@app.command()
 def train(
     config: Annotated[str, typer.Option(help="A training config: a name in configs/, NAME:VARIANT, or a file.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, samples and weights.")],

@@ -117,7 +117,7 @@ def test_ctrl_c_leaves_nothing_behind(files, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_draw", interrupt)
+    monkeypatch.setattr(command, "draw", interrupt)
     before = sorted(files.iterdir())
     assert kavatar(files).exit_code == 130
     assert sorted(files.iterdir()) == before

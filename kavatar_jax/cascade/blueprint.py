@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.denoise import Denoise, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import shot_at, to_signed
 from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
 from kavatar_jax.cascade.weights import Weights
@@ -19,7 +19,9 @@ from kavatar_jax.models.dit import frames_held
 from kavatar_jax.types import Blueprint, Conditions, Report
 
 
-def draw_blueprint(conditions: Conditions, weights: Weights, config: Config, report: Report) -> Blueprint:
+def draw_blueprint(
+    conditions: Conditions, weights: Weights, config: Config, report: Report, denoise: Denoise = denoise
+) -> Blueprint:
     """The video at config.width x config.height: one batch of windows over the whole speech."""
     windows, told, shared = tell_windows(conditions, weights, config)
     latents = denoise(

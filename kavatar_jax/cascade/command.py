@@ -12,10 +12,10 @@ import jax
 from rich.console import Console
 
 import kavatar_jax
+from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.film import pictures_wanted
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass, generate_without_speech
 from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs, read_lora_files
-from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.director.rules import direct
@@ -29,7 +29,7 @@ from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.stage import render_portrait
 from kavatar_jax.puppets.voice import sample_voice, utter
-from kavatar_jax.types import Request, Scene, Speech, Storyline
+from kavatar_jax.types import Report, Request, Scene, Speech, Storyline, Video
 
 MODES = ("cascade", "single", "video")
 # by how many pictures a plain video is made from: what it is called, and the settings it gets unless others are asked for
@@ -59,9 +59,9 @@ class Order:
     storyline_out: Path | None
     last_frame: Path | None
     frames: int | None
-    loras: tuple[str, ...]
-    lora_unused: str
     fields: tuple[str, ...]
+    loras: tuple[str, ...] = ()
+    lora_unused: str = "refuse"
 
 
 def run(order: Order) -> None:
@@ -69,19 +69,18 @@ def run(order: Order) -> None:
     console = Console(stderr=True)
     keep_compiled_programs()
     config = read_order(order)
-    changes = read_lora_files(order.loras, config.dit, unused=order.lora_unused)
     if order.mode == "video":
         request, plan = read_scene(order, config), None
     else:
-        request, plan = _read_performance(order, config, console)
+        request, plan = read_performance(order, config, console)
 
     started = time.perf_counter()
     # windows are spread over the devices; where there is only one, its tokens are
     mesh = make_mesh(data=1, context=-1) if order.mode == "video" else make_mesh()
     with jax.set_mesh(mesh), Display(console) as display:
-        weights = _open_weights(order, config, changes, console)
+        weights = open_weights(order, config, console)
         display("loading weights", 1, 1)
-        video = _draw(order, request, plan, weights, config, display)
+        video = draw(order, request, plan, weights, config, display)
         write_video(order.out, video.images, fps=video.fps, speech=video.speech, seconds=video.frames / video.fps)
     sidecar = _describe(order, config, plan, display.seconds, video.frames, time.perf_counter() - started)
     _write_whole(sidecar_path(order.out), json.dumps(sidecar, indent=2, ensure_ascii=False) + "\n")
@@ -150,9 +149,48 @@ def read_plan(order: Order, request: Request) -> Storyline:
     return check(read_storyline(order.storyline), request.speech.seconds)
 
 
+def read_performance(order: Order, config: Config, console: Console) -> tuple[Request, Storyline]:
+    """Who says what, and the plan for it, which is written where it is asked for."""
+    request = read_request(order, config)
+    if is_silent(request.speech):
+        console.print(f"{order.speech} is silent: the mouth will stay closed")
+    plan = read_plan(order, request)
+    if order.storyline_out:
+        write_storyline(plan, order.storyline_out)
+    return request, plan
+
+
 def find_weights(order: Order, config: Config) -> Path | None:
     """The weights directory of an order: the one given, else the package's own, which fit the config "demo" alone."""
     return DEMO if order.weights is None and config.name == "demo" else order.weights
+
+
+def open_weights(order: Order, config: Config, console: Console) -> Weights:
+    """The networks of an order with its LoRA files merged, and a word about what they do not know."""
+    changes = read_lora_files(order.loras, config.dit, unused=order.lora_unused)
+    folder = find_weights(order, config)
+    if folder is None:
+        console.print(
+            f"no --weights: untrained networks of {config.name}'s sizes, so the video shows noise, not a face"
+        )
+        return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
+    if folder == DEMO:
+        _warn_of_demo(order, config, console)
+    return load_weights(folder, config, changes=changes)
+
+
+def draw(
+    order: Order, request: Request | Scene, plan: Storyline | None, weights: Weights, config: Config, report: Report,
+    denoise: Denoise = denoise,
+) -> Video:  # fmt: skip
+    """What the order's mode makes of it."""
+    if isinstance(request, Scene):
+        return generate_without_speech(request, weights, config, report=report)
+    assert plan is not None
+    if order.mode == "single":
+        return generate_in_one_pass(request, lambda _: plan, weights, config, report=report, denoise=denoise)
+    landmarker, _ = open_landmarker()
+    return generate(request, lambda _: plan, weights, config, landmarker=landmarker, report=report, denoise=denoise)
 
 
 def sidecar_path(out: Path) -> Path:
@@ -212,29 +250,6 @@ def _pictures_given(order: Order) -> int:
     return (order.portrait is not None) + (order.last_frame is not None)
 
 
-def _read_performance(order: Order, config: Config, console: Console) -> tuple[Request, Storyline]:
-    """Who says what, and the plan for it, which is written where it is asked for."""
-    request = read_request(order, config)
-    if is_silent(request.speech):
-        console.print(f"{order.speech} is silent: the mouth will stay closed")
-    plan = read_plan(order, request)
-    if order.storyline_out:
-        write_storyline(plan, order.storyline_out)
-    return request, plan
-
-
-def _open_weights(order: Order, config: Config, changes: Changes, console: Console) -> Weights:
-    folder = find_weights(order, config)
-    if folder is None:
-        console.print(
-            f"no --weights: untrained networks of {config.name}'s sizes, so the video shows noise, not a face"
-        )
-        return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
-    if folder == DEMO:
-        _warn_of_demo(order, config, console)
-    return load_weights(folder, config, changes=changes)
-
-
 def _warn_of_demo(order: Order, config: Config, console: Console) -> None:
     known = load_config("demo")
     if order.portrait is not None:
@@ -246,16 +261,6 @@ def _warn_of_demo(order: Order, config: Config, console: Console) -> None:
         console.print(
             f"the demo weights know {known.width}x{known.height} only; at {config.width}x{config.height} they will do badly"
         )
-
-
-def _draw(order: Order, request: Request | Scene, plan: Storyline | None, weights: Weights, config: Config, report):
-    if isinstance(request, Scene):
-        return generate_without_speech(request, weights, config, report=report)
-    assert plan is not None
-    if order.mode == "single":
-        return generate_in_one_pass(request, lambda _: plan, weights, config, report=report)
-    landmarker, _ = open_landmarker()
-    return generate(request, lambda _: plan, weights, config, landmarker=landmarker, report=report)
 
 
 def _describe(order: Order, config: Config, plan: Storyline | None, seconds: dict, frames: int, total: float) -> dict:

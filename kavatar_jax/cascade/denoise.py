@@ -7,7 +7,7 @@ velocities that are fused where windows overlap, so that a solver moves one vide
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +42,23 @@ class Told(NamedTuple):
 class Shared(NamedTuple):
     """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D).
 
-    All but the text are None where the transformer is not told of them.
+    All but the text are None where the transformer is not told of them. Where the windows of a group are of several videos,
+    image and director have a row for each window.
     """
 
     text: jax.Array
     image: Any
     condition: Any
     director: jax.Array | None
+
+
+class Denoise(Protocol):
+    """A way of denoising: `denoise` below, or one that does the windows of several videos together."""
+
+    def __call__(
+        self, params: Params, x: jax.Array, told: Told, shared: Shared, windows: Windows,
+        config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
+    ) -> np.ndarray: ...  # fmt: skip
 
 
 def denoise(
@@ -79,16 +89,20 @@ def step(
 ) -> History:  # fmt: skip
     """Samples (W, T, h, w, C) at move.sigma -> at the next noise level; velocities are fused by `weights` (W, T)."""
     history = _spread(history)
-    # what predicts clean latents turns them into a velocity by the timestep, which must then be the exact one
-    timestep = move.timestep if config.predicts == "velocity" else move.sigma * TRAIN_STEPS
 
     def guided(windows):
-        velocities = branch_velocities(params, timestep, shared, config, branches, *windows)
-        return guidance.combine(velocities, branches)
+        return guided_velocity(params, move, shared, config, branches, *windows)
 
     cut, join = _grouped(history.x.shape[0], group)
     velocity = join(jax.lax.map(guided, jax.tree.map(cut, (history.x, told))))
     return _spread(advance(history, fuse(velocity, weights, stride), move))
+
+
+def guided_velocity(params, move: Move, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
+    """The velocity (G, T, h, w, C) of a group of windows at one noise level, or each at its own; not yet fused."""
+    # what predicts clean latents turns them into a velocity by the timestep, which must then be the exact one
+    timestep = move.timestep if config.predicts == "velocity" else move.sigma * TRAIN_STEPS
+    return guidance.combine(branch_velocities(params, timestep, shared, config, branches, x, told), branches)
 
 
 def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
@@ -103,14 +117,14 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
         return None if leaf is None else jnp.repeat(leaf, n, axis=0)
 
     def for_all(leaf):
-        return None if leaf is None else jnp.broadcast_to(leaf, (G * n, *leaf.shape[1:]))
+        return None if leaf is None else per_branch(jnp.broadcast_to(leaf, (G, *leaf.shape[1:])))
 
     speech = per_branch(told.speech)
     if silent.any():
         speech = jnp.where(np.tile(silent, G)[:, None, None], 0, speech)
     inputs = Inputs(
         latents=per_branch(x),
-        timestep=jnp.broadcast_to(timestep, (G * n,)),
+        timestep=per_branch(jnp.broadcast_to(timestep, (G,))),
         text=shared.text[text],
         condition=None if shared.condition is None else per_branch(shared.condition[told.view]),
         image=for_all(shared.image),

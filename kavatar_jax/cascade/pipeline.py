@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kavatar_jax.cascade.blueprint import at_blueprint_size, draw_blueprint
+from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.film import draw_film
 from kavatar_jax.cascade.keyframes import pick_keyframes
@@ -18,26 +19,28 @@ Director = Callable[[Request], Storyline]
 
 def generate(
     request: Request, director: Director, weights: Weights, config: Config,
-    *, landmarker: Any | None = None, report: Report = silent,
+    *, landmarker: Any | None = None, report: Report = silent, denoise: Denoise = denoise,
 ) -> Video:  # fmt: skip
     """Kling-Avatar's cascade: plan, small blueprint, keyframes, all sub-clips in parallel, one video."""
     storyline = director(request)  # what happens, shot by shot
     conditions = encode(
         request, storyline, weights, config, report
     )  # words, voice and face as arrays, each computed once
-    blueprint = draw_blueprint(conditions, weights, at_blueprint_size(config), report)  # the whole performance, small
+    small = at_blueprint_size(config)
+    blueprint = draw_blueprint(conditions, weights, small, report, denoise)  # the whole performance, small
     keyframes = pick_keyframes(blueprint, storyline, conditions, weights, config, report, landmarker)
-    clips = render_subclips(keyframes, conditions, weights, config, report)  # all at once, over the mesh
+    clips = render_subclips(keyframes, conditions, weights, config, report, denoise)  # all at once, over the mesh
     return stitch(clips, weights, config, report, frames=conditions.frames, speech=request.speech)
 
 
 def generate_in_one_pass(
-    request: Request, director: Director, weights: Weights, config: Config, *, report: Report = silent
-) -> Video:
+    request: Request, director: Director, weights: Weights, config: Config,
+    *, report: Report = silent, denoise: Denoise = denoise,
+) -> Video:  # fmt: skip
     """StableAvatar's path: sliding windows over the whole speech at full size."""
     storyline = director(request)
     conditions = encode(request, storyline, weights, config, report)
-    performance = draw_blueprint(conditions, weights, config, report)
+    performance = draw_blueprint(conditions, weights, config, report, denoise)
     return stitch(performance, weights, config, report, frames=conditions.frames, speech=request.speech)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from kavatar_jax.cascade.blueprint import see
-from kavatar_jax.cascade.denoise import Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.denoise import Denoise, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import shot_at
 from kavatar_jax.cascade.hear import hear, spans_of_frames
 from kavatar_jax.cascade.weights import Weights
@@ -13,8 +13,9 @@ from kavatar_jax.types import Clips, Conditions, Keyframes, Report
 
 
 def render_subclips(
-    keyframes: Keyframes, conditions: Conditions, weights: Weights, config: Config, report: Report
-) -> Clips:
+    keyframes: Keyframes, conditions: Conditions, weights: Weights, config: Config, report: Report,
+    denoise: Denoise = denoise,
+) -> Clips:  # fmt: skip
     """Clips of one window each, first and last frame given; what a shorter clip has past its last frame is not kept."""
     sampling, cuts = config.sampling, np.array(keyframes.cuts)
     starts, lengths = cuts[:-1], np.diff(cuts)

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -80,6 +80,17 @@ def write_video(
     finally:
         whole.unlink(missing_ok=True)
         mute.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, stems: Collection[str]) -> None:
+    """Remove what `write_video` left in a folder when it was killed over videos of these names without their suffix.
+
+    Not while another process is writing one of them.
+    """
+    for file in folder.iterdir():
+        found = re.fullmatch(r"\.(.+)\.\d+\.(partial|mute)\.\w+", file.name)
+        if found and found[1] in stems:
+            file.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> Path:

@@ -31,3 +31,13 @@ def current() -> Mesh:
     """The entered mesh, or one of a single device if none is."""
     mesh = jax.sharding.get_mesh()
     return make_mesh(1, devices=jax.devices()[:1]) if mesh.empty else mesh
+
+
+def wait_for_processes(name: str) -> None:
+    """Until every process of the run is here, for up to a week. Who left before would be taken for dead, and end the others.
+
+    Not a collective over the devices: on a CPU one gives up after 30 seconds.
+    """
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=7 * 24 * 3600 * 1000)
