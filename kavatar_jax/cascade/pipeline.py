@@ -7,6 +7,7 @@ from kavatar_jax.cascade.blueprint import at_blueprint_size, draw_blueprint
 from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.film import draw_film
 from kavatar_jax.cascade.keyframes import pick_keyframes
+from kavatar_jax.cascade.performance import draw_performance
 from kavatar_jax.cascade.stitch import stitch
 from kavatar_jax.cascade.subclips import render_subclips
 from kavatar_jax.cascade.weights import Weights
@@ -37,7 +38,7 @@ def generate_in_one_pass(
     """StableAvatar's path: sliding windows over the whole speech at full size."""
     storyline = director(request)
     conditions = encode(request, storyline, weights, config, report)
-    performance = draw_blueprint(conditions, weights, config, report)
+    performance = draw_performance(conditions, weights, config, report)  # one finished span after the other
     return stitch(performance, weights, config, report, frames=conditions.frames, speech=request.speech)
 
 

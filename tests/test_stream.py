@@ -1,0 +1,120 @@
+"""Streaming: the wave gives what lock-step gives, whatever comes of the speech and however it comes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import demo
+from kavatar_jax.cascade import performance
+from kavatar_jax.cascade.blueprint import draw_blueprint
+from kavatar_jax.cascade.encode import encode
+from kavatar_jax.cascade.weights import draw_untrained
+from kavatar_jax.config import set_fields
+from kavatar_jax.diffusion.solver import advance, begin, plan_of
+from kavatar_jax.diffusion.wavefront import Wave, begin_level, pass_level
+from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
+from kavatar_jax.director.rules import direct
+from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.types import SAMPLE_RATE, Request, Speech, silent
+
+
+@pytest.fixture(scope="module")
+def config():
+    return demo.tiny()
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    return draw_untrained(config, 0, ByteTokenizer())
+
+
+def make_conditions(config, weights, seconds):
+    rng = np.random.default_rng(5)
+    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    samples = 0.2 * np.sin(2 * np.pi * 150 * time) * (np.sin(2 * np.pi * 0.7 * time) > -0.3)
+    portrait = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
+    request = Request(portrait=portrait, speech=Speech(samples=samples.astype(np.float32)), instruction="smile")
+    return encode(request, direct(request), weights, config, silent)
+
+
+def in_pieces(samples, size):
+    return (samples[i : i + size] for i in range(0, len(samples), size))
+
+
+def toy_velocity(x, sigma, number):
+    """Of one window, from all of its frames, its number and the noise level: nothing that a mistake would leave alone."""
+    return np.tanh(x + x.mean(axis=0)) * sigma + np.cos(number + np.arange(len(x)))[:, None]
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
+@pytest.mark.parametrize("fusion", ["log", "uniform", "fixed", "none"])
+@pytest.mark.parametrize("stride, count, group", [(6, 7, 1), (6, 8, 3), (3, 7, 2), (4, 5, 8), (8, 3, 2)])
+def test_a_wave_equals_lock_step(solver, fusion, stride, count, group):
+    sampling = set_fields(demo.tiny(), [f"sampling.solver={solver}", "sampling.steps=5"]).sampling
+    length, plan, ramp = 8, plan_of(sampling), overlap_ramp(8 - stride, fusion)
+    windows = Windows((count - 1) * stride + length, length, stride, count)
+    video = np.random.default_rng(0).standard_normal((200, 3))
+
+    def noise(starts):
+        return video[100 + np.asarray(starts)[:, None] + np.arange(length)].astype(np.float32)
+
+    history = begin(noise(windows.starts), plan)
+    for move in plan.moves:
+        velocity = np.stack([toy_velocity(x, move.sigma, k) for k, x in enumerate(history.x)])
+        history = advance(history, fuse(jax.numpy.asarray(velocity), fusion_weights(windows, ramp), stride), move)
+    expected = windows.join(history.x)
+
+    wave, levels, out, calls = Wave(length, stride, group, len(plan.moves)), None, [], 0
+    for front in range(0, count + wave.levels * wave.reach, group):
+        block = begin(noise(stride * (front + np.arange(group))), plan)
+        levels = levels or [begin_level(block, wave) for _ in plan.moves]
+        for i, move in enumerate(plan.moves):
+            first = wave.first(front, i)
+            calls += 0 < first + group and first < count
+            velocity = np.stack([toy_velocity(np.asarray(x), move.sigma, first + j) for j, x in enumerate(block.x)])
+            # that more windows follow is not known before they come
+            fusion_of = wave.weights(first, min(count, front + group), ramp)
+            levels[i], block = pass_level(levels[i], block, velocity, fusion_of, move, wave)
+        done = wave.first(front, wave.levels)
+        out += [(k, block.x[k - done]) for k in range(done, done + group) if 0 <= k < count]
+    assert [k for k, _ in out] == list(range(count))
+    np.testing.assert_allclose(windows.join(np.stack([x for _, x in out])), expected, atol=2e-5)
+    assert calls <= wave.levels * (-(-count // group) + (wave.reach > 0))
+
+
+@pytest.mark.parametrize(
+    "seconds, size, group, fields",
+    [
+        (3.3, 700, 1, ["sampling.solver=euler"]),
+        (4.0, 10**6, 2, ["sampling.solver=unipc", "sampling.steps=4", "sampling.fusion=uniform", "sampling.overlap=3"]),
+        (3.0, 5000, 2, ["sampling.solver=dpm++", "sampling.steps=3", "sampling.overlap=4", "sampling.fusion=none"]),
+        (0.3, 100, 1, []),
+        (1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3"]),
+    ],
+)
+def test_speech_in_pieces_gives_what_the_whole_speech_gives(config, weights, seconds, size, group, fields):
+    config = set_fields(config, fields)
+    conditions = make_conditions(config, weights, seconds)
+    expected = draw_blueprint(conditions, weights, config, silent).latents
+    pieces = in_pieces(conditions.speech, size)
+    unheard = dataclasses.replace(conditions, speech=np.zeros(0, np.float32))
+    latents = list(performance.perform(unheard, pieces, weights, config, group=group, report=silent))
+    latents = np.concatenate(latents)[: len(expected)]
+    np.testing.assert_allclose(latents, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_a_wave_over_eight_devices_equals_one(config, weights):
+    conditions = make_conditions(config, weights, 9.0)
+    expected = draw_blueprint(conditions, weights, config, silent).latents
+    mesh = make_mesh(4, 2)
+    spread = dataclasses.replace(weights, **{
+        name: jax.device_put(getattr(weights, name), jax.NamedSharding(mesh, jax.P()))
+        for name in ("dit", "vae", "text", "image", "speech")
+    })  # fmt: skip
+    with jax.set_mesh(mesh):
+        spans = performance.perform(conditions, [conditions.speech], spread, config, group=8, report=silent)
+        latents = np.concatenate(list(spans))[: len(expected)]
+    np.testing.assert_allclose(latents, expected, atol=2e-5 * np.abs(expected).max())
