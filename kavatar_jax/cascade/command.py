@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 import kavatar_jax
@@ -75,7 +76,7 @@ def run(order: Order) -> None:
     # windows are spread over the devices; where there is only one, its tokens are
     mesh = make_mesh(data=1, context=-1) if order.mode == "video" else make_mesh()
     with jax.set_mesh(mesh), Display(console) as display:
-        weights = _open_weights(order, config, console)
+        weights = open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = _draw(order, request, plan, weights, config, display)
         write_video(order.out, video.images, fps=video.fps, speech=video.speech, seconds=video.frames / video.fps)
@@ -86,6 +87,15 @@ def run(order: Order) -> None:
 
 def read_order(order: Order) -> Config:
     """The run's config, after checking every path and number of the order that can be checked without work."""
+    config = choose_config(order)
+    check_writable(order.out)
+    if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
+        raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
+    return config
+
+
+def choose_config(order: Order) -> Config:
+    """The run's config with what the order and the weights directory change in it."""
     if order.mode not in MODES:
         raise ValueError(f"--mode {order.mode} is not one of {', '.join(MODES)}")
     _check_mode(order)
@@ -108,9 +118,6 @@ def read_order(order: Order) -> Config:
     if folder is not None:
         config = read_configs(folder, config)
     _check_network(order, config)
-    check_writable(order.out)
-    if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
-        raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
     return config
 
 
@@ -125,16 +132,31 @@ def read_scene(order: Order, config: Config) -> Scene:
 
 def read_request(order: Order, config: Config) -> Request:
     """Portrait and speech as given; without them a puppet and its synthetic voice."""
-    size = config.width, config.height
-    if order.portrait is None:
-        portrait = render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
-    else:
-        portrait = load_portrait(order.portrait, size=size)
+    portrait = read_portrait(order, config)
     if order.speech is None:
         speech = Speech(samples=utter(sample_voice(PUPPET), PUPPET_SECONDS, seed=PUPPET).samples)
     else:
         speech = load_speech(order.speech)
     return Request(portrait=portrait, speech=speech, instruction=order.instruction, seed=order.seed)
+
+
+def read_portrait(order: Order, config: Config) -> np.ndarray:
+    if order.portrait is None:
+        return render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
+    return load_portrait(order.portrait, size=(config.width, config.height))
+
+
+def open_weights(order: Order, config: Config, console: Console) -> Weights:
+    """The weights of an order, or untrained networks; says on the console what cannot be expected of them."""
+    folder = find_weights(order, config)
+    if folder is None:
+        console.print(
+            f"no --weights: untrained networks of {config.name}'s sizes, so the video shows noise, not a face"
+        )
+        return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
+    if folder == DEMO:
+        _warn_of_demo(order, config, console)
+    return load_weights(folder, config)
 
 
 def read_plan(order: Order, request: Request) -> Storyline:
@@ -215,18 +237,6 @@ def _read_performance(order: Order, config: Config, console: Console) -> tuple[R
     if order.storyline_out:
         write_storyline(plan, order.storyline_out)
     return request, plan
-
-
-def _open_weights(order: Order, config: Config, console: Console) -> Weights:
-    folder = find_weights(order, config)
-    if folder is None:
-        console.print(
-            f"no --weights: untrained networks of {config.name}'s sizes, so the video shows noise, not a face"
-        )
-        return draw_untrained(config, UNTRAINED_SEED, ByteTokenizer())
-    if folder == DEMO:
-        _warn_of_demo(order, config, console)
-    return load_weights(folder, config)
 
 
 def _warn_of_demo(order: Order, config: Config, console: Console) -> None:
