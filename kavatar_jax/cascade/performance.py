@@ -92,7 +92,7 @@ def _listen(
         return starts, spans_of_frames(4 * starts, config.fps, config.sampling)
 
     for samples in speech:
-        waiting = np.concatenate([waiting, samples])
+        waiting = np.concatenate([waiting, samples]) if len(waiting) else samples  # a whole recording is not copied
         while origin + len(waiting) >= (heard := next_windows())[1][-1, 1]:
             starts, spans = heard
             yield tell(conditions, starts, waiting, spans - origin, weights, config), front + wave.group
