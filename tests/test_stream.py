@@ -16,7 +16,7 @@ from kavatar_jax.config import set_fields
 from kavatar_jax.diffusion.solver import advance, begin, plan_of
 from kavatar_jax.diffusion.wavefront import Wave, begin_level, pass_level
 from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
-from kavatar_jax.director.rules import direct
+from kavatar_jax.director.rules import direct, direct_unheard
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import SAMPLE_RATE, Request, Speech, silent
@@ -32,13 +32,13 @@ def weights(config):
     return draw_untrained(config, 0, ByteTokenizer())
 
 
-def make_conditions(config, weights, seconds):
+def make_conditions(config, weights, seconds, director=direct_unheard):
     rng = np.random.default_rng(5)
     time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     samples = 0.2 * np.sin(2 * np.pi * 150 * time) * (np.sin(2 * np.pi * 0.7 * time) > -0.3)
     portrait = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
     request = Request(portrait=portrait, speech=Speech(samples=samples.astype(np.float32)), instruction="smile")
-    return encode(request, direct(request), weights, config, silent)
+    return encode(request, director(request), weights, config, silent)
 
 
 def in_pieces(samples, size):
@@ -97,12 +97,13 @@ def test_a_wave_equals_lock_step(solver, fusion, stride, count, group):
         (3.3, 700, 1, []),
         (4.0, 10**6, 2, ["sampling.solver=unipc", "sampling.steps=4", "sampling.fusion=uniform", "sampling.overlap=3"]),
         (3.0, 5000, 2, ["sampling.solver=dpm++", "sampling.steps=3", "sampling.overlap=4", "sampling.fusion=none"]),
+        (2.5, 160, 1, ["sampling.overlap=0"]),
         (1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3"]),
     ],
 )
 def test_speech_in_pieces_gives_what_the_whole_speech_gives(config, weights, seconds, size, group, fields):
     config = set_fields(config, fields)
-    conditions = make_conditions(config, weights, seconds)
+    conditions = make_conditions(config, weights, seconds, direct)
     expected = draw_blueprint(conditions, weights, config, silent).latents
     pieces = in_pieces(conditions.speech, size)
     unheard = dataclasses.replace(conditions, speech=np.zeros(0, np.float32))
@@ -125,7 +126,17 @@ def test_a_span_needs_no_more_speech_than_it_depends_on(config, weights):
     for k, _ in zip(range(windows.count - config.sampling.steps), spans, strict=False):
         last = k + config.sampling.steps
         end = (4 * windows.stride * last + config.sampling.window_frames) * SAMPLE_RATE / config.fps
-        assert 0 <= heard[0] - end < 160, (k, heard[0], end)
+        assert 0 <= heard[0] - min(end, len(conditions.speech)) < 160, (k, heard[0], end)
+
+
+def test_one_program_whatever_the_length(config, weights):
+    def play(seconds):
+        conditions = make_conditions(config, weights, seconds)
+        spans = performance.perform(conditions, [conditions.speech], weights, config, group=1, report=silent)
+        return sum(map(len, spans)), performance._pass._cache_size()
+
+    (short, programs), (long, as_many) = play(2.0), play(6.0)
+    assert long > 2 * short and programs == as_many
 
 
 def test_no_speech_is_an_error(config, weights):

@@ -5,6 +5,7 @@ host nor a device holds more than the windows on their way.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -97,27 +98,27 @@ def _listen(
             starts, spans = heard
             yield tell(conditions, starts, waiting, spans - origin, weights, config), front + wave.group
             front += wave.group
-            first = next_windows()[1][0, 0]
-            waiting, origin = waiting[first - origin :], first
+            over = min(next_windows()[1][0, 0] - origin, len(waiting))
+            waiting, origin = waiting[over:], origin + over
     if not origin + len(waiting):
         raise ValueError("the speech is empty: not a single sample of it came")
     _, total = plan_latents(origin + len(waiting), config.fps, config.sampling)
     count = Windows(total, wave.length, wave.stride, slots=1).count
     while front < count:
         starts, spans = next_windows()
-        yield tell(conditions, starts, waiting, np.maximum(spans - origin, 0), weights, config), count
+        yield tell(conditions, starts, waiting, spans - origin, weights, config), count
         front += wave.group
 
 
 def _rounds(arrivals: Iterable[tuple[Told, int]], wave: Wave) -> Iterator[tuple[int, Told, int]]:
     """The front of each round, what all windows on their way are told, and how many windows there are; then, when
     nothing more comes, rounds until the last window is done."""
-    front, band, count = 0, None, 0
-    for told, count in arrivals:
-        band = _move_up(band, told, wave)
-        yield front, band, count
-        front += wave.group
-    while wave.first(front, wave.levels) < count:
+    front, band, told, count = 0, None, None, 0
+    for arrival in itertools.chain(arrivals, itertools.repeat(None)):
+        if arrival is not None:
+            told, count = arrival
+        elif wave.first(front, wave.levels) >= count:
+            return
         band = _move_up(band, told, wave)
         yield front, band, count
         front += wave.group

@@ -37,6 +37,8 @@ def run(order: Order, *, rate: int, follow: float | None) -> None:
             "a stream needs 'exact'"
         )
     out = None if order.out == STANDARD else check_writable(order.out)
+    if out is not None and out.suffix.lower() != ".mp4":
+        raise ValueError(f"--out {out}: what plays while it grows is an .mp4; or give - for raw frames")
     source = None if order.speech == STANDARD else order.speech
     if source is None and follow is not None:
         raise ValueError(f"--follow {follow:g} is for a file that grows: --speech FILE")
