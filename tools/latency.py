@@ -55,7 +55,7 @@ def main() -> None:
             frames, steps, overlap = case.split("/")
             fields = ("window_frames", frames), ("steps", steps), ("overlap", overlap)
             config = set_fields(base, [f"sampling.{name}={value}" for name, value in fields])
-            measure(weights, config, 3.0)  # compiles
+            measure(weights, config, arguments.seconds)  # compiles
             ahead, delay, *costs = measure(weights, config, arguments.seconds)
             late = f"{delay:.1f}" if costs[0] < 1 else "falls behind"
             print(

@@ -141,6 +141,7 @@ def read_request(order: Order, config: Config) -> Request:
 
 
 def read_portrait(order: Order, config: Config) -> np.ndarray:
+    """(H, W, 3) uint8 at the size of the video; a puppet's where none is given."""
     if order.portrait is None:
         return render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
     return load_portrait(order.portrait, size=(config.width, config.height))

@@ -33,7 +33,7 @@ def draw_performance(
     """The video at config.width x config.height, made as it is asked for.
 
     In lock-step where that is better: if all windows go through the model at once, a wave would take them in two halves;
-    and as released, where the first window's sound depends on where the last one ends.
+    and as released, where what windows hear depends on where the speech ends.
     """
     windows = plan_windows(len(conditions.speech), config)
     group = group_size(windows.count, config.sampling)
