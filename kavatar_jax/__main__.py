@@ -92,6 +92,42 @@ def batch(
 
 
 @app.command()
+def stream(
+    out: Annotated[
+        Path, typer.Option(help="A video that plays while it grows: FILE.mp4; - for raw RGB frames to stdout.")
+    ],
+    portrait: Annotated[Path | None, typer.Option(help="Who talks; without it a puppet.")] = None,
+    speech: Annotated[
+        Path, typer.Option(help="- for raw 16-bit mono samples from stdin, as they come; or a recording.")
+    ] = Path("-"),
+    rate: Annotated[int, typer.Option(help="Of raw samples, in Hz.")] = 16_000,
+    follow: Annotated[
+        float | None,
+        typer.Option(help="The recording (wav or raw) still grows, and is over after so many seconds without growth."),
+    ] = None,
+    instruction: Annotated[str, typer.Option(help="What happens all the time, in words.")] = "",
+    config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Weights directory; without it the demo's.")] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; fewer answer sooner.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.window_frames=17.")] = None,
+):
+    """Turn speech into a talking video while it is being spoken; Ctrl-C ends it."""
+    from kavatar_jax.cascade import command
+    from kavatar_jax.cascade.stream import run
+
+    order = command.Order(
+        portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
+        mode="single", size=size, fps=fps, steps=steps, seed=seed, storyline=None, storyline_out=None,
+        last_frame=None, frames=None, fields=tuple(set_ or ()),
+    )  # fmt: skip
+    with _speaking_plainly():
+        run(order, rate=rate, follow=follow)
+
+
+@app.command()
 def train(
     config: Annotated[str, typer.Option(help="A training config: a name in configs/, NAME:VARIANT, or a file.")],
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, samples and weights.")],

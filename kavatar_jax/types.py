@@ -126,6 +126,13 @@ class Blueprint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Performance:
+    """The whole performance as it is made. latents: (t, h, w, C) each, one span after the other; made when asked for."""
+
+    latents: Iterator[np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Keyframes:
     """The frames that neighbouring clips share. images: (K, H, W, 3) uint8; cuts: (K,) their frame numbers, first 0."""
 

@@ -169,9 +169,10 @@ def test_one_program_serves_two_lengths(weights, config):
     lengths = 2.9, 3.2
     counts = [plan_windows(int(seconds * SAMPLE_RATE), config) for seconds in lengths]
     assert counts[0].total != counts[1].total and counts[0].slots == counts[1].slots
-    run(generate_in_one_pass, make_request(config, lengths[0]), weights, config)
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    sample(make_request(config, lengths[0]), weights, config, mesh)
     programs = denoising.step._cache_size()
-    run(generate_in_one_pass, make_request(config, lengths[1]), weights, config)
+    sample(make_request(config, lengths[1]), weights, config, mesh)
     assert denoising.step._cache_size() == programs
 
 

@@ -36,19 +36,33 @@ def tell_windows(conditions: Conditions, weights: Weights, config: Config) -> tu
     sampling, samples = config.sampling, len(conditions.speech)
     windows = plan_windows(samples, config)
     spans = spans_of_windows(windows, samples, config.fps, sampling)
-    speech, slices = hear(conditions.speech, spans, weights.speech, config)
-    seconds = 4 * windows.starts / config.fps
-    shots = [shot_at(conditions, start, start + sampling.window_frames / config.fps) for start in seconds]
-    told = Told(
-        speech=speech,
+    told = tell(conditions, windows.starts, conditions.speech, spans, weights, config)
+    if windows.short_end:
+        told = told._replace(frames=np.maximum(windows.valid, 1).astype(np.int32))
+    return windows, told, share(conditions, weights, config)
+
+
+def tell(
+    conditions: Conditions, starts: np.ndarray, speech: np.ndarray, spans: np.ndarray, weights: Weights, config: Config
+) -> Told:
+    """What the windows from these latent frames on hear, each its span of `speech`, and read."""
+    features, slices = hear(speech, spans, weights.speech, config)
+    length = config.sampling.window_frames / config.fps
+    shots = [shot_at(conditions, start, start + length) for start in 4 * starts / config.fps]
+    return Told(
+        speech=features,
         slices=slices,
         prompt=conditions.prompts[shots],
         negative=conditions.negatives[shots],
-        view=np.zeros(windows.slots, np.int32),
-        frames=np.maximum(windows.valid, 1).astype(np.int32) if windows.short_end else None,
+        view=np.zeros(len(starts), np.int32),
+        frames=None,
     )
+
+
+def share(conditions: Conditions, weights: Weights, config: Config) -> Shared:
+    """What all windows of a performance read and see."""
     view = see([{0: conditions.portrait}], weights, config)
-    return windows, told, Shared(conditions.texts, conditions.face, view, conditions.director)
+    return Shared(conditions.texts, conditions.face, view, conditions.director)
 
 
 def at_blueprint_size(config: Config) -> Config:

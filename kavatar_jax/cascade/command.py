@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 import kavatar_jax
@@ -89,6 +90,15 @@ def run(order: Order) -> None:
 
 def read_order(order: Order) -> Config:
     """The run's config, after checking every path and number of the order that can be checked without work."""
+    config = choose_config(order)
+    check_writable(order.out)
+    if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
+        raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
+    return config
+
+
+def choose_config(order: Order) -> Config:
+    """The run's config with what the order and the weights directory change in it."""
     if order.mode not in MODES:
         raise ValueError(f"--mode {order.mode} is not one of {', '.join(MODES)}")
     _check_mode(order)
@@ -113,9 +123,6 @@ def read_order(order: Order) -> Config:
     elif order.loras:
         raise ValueError(f"--lora {order.loras[0]} is for weights that have been trained; give --weights DIR too")
     _check_network(order, config)
-    check_writable(order.out)
-    if order.storyline_out is not None and not order.storyline_out.parent.is_dir():
-        raise ValueError(f"--storyline-out {order.storyline_out}: the folder does not exist; create it first")
     return config
 
 
@@ -130,16 +137,19 @@ def read_scene(order: Order, config: Config) -> Scene:
 
 def read_request(order: Order, config: Config) -> Request:
     """Portrait and speech as given; without them a puppet and its synthetic voice."""
-    size = config.width, config.height
-    if order.portrait is None:
-        portrait = render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
-    else:
-        portrait = load_portrait(order.portrait, size=size)
+    portrait = read_portrait(order, config)
     if order.speech is None:
         speech = Speech(samples=utter(sample_voice(PUPPET), PUPPET_SECONDS, seed=PUPPET).samples)
     else:
         speech = load_speech(order.speech)
     return Request(portrait=portrait, speech=speech, instruction=order.instruction, seed=order.seed)
+
+
+def read_portrait(order: Order, config: Config) -> np.ndarray:
+    """(H, W, 3) uint8 at the size of the video; a puppet's where none is given."""
+    if order.portrait is None:
+        return render_portrait(sample_identity(PUPPET), width=config.width, height=config.height)
+    return load_portrait(order.portrait, size=(config.width, config.height))
 
 
 def read_plan(order: Order, request: Request) -> Storyline:

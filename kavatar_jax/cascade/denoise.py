@@ -88,14 +88,14 @@ def step(
     *, config: DiTConfig, branches: tuple[Branch, ...], group: int, stride: int,
 ) -> History:  # fmt: skip
     """Samples (W, T, h, w, C) at move.sigma -> at the next noise level; velocities are fused by `weights` (W, T)."""
-    history = _spread(history)
+    history = spread(history)
 
     def guided(windows):
         return guided_velocity(params, move, shared, config, branches, *windows)
 
     cut, join = _grouped(history.x.shape[0], group)
     velocity = join(jax.lax.map(guided, jax.tree.map(cut, (history.x, told))))
-    return _spread(advance(history, fuse(velocity, weights, stride), move))
+    return spread(advance(history, fuse(velocity, weights, stride), move))
 
 
 def guided_velocity(params, move: Move, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
@@ -153,9 +153,13 @@ def step_weights(windows: Windows, sampling: SamplingConfig) -> tuple[np.ndarray
 
 def draw_noise(seed: int, windows: Windows, config: Config) -> jax.Array:
     """(slots, T, h, w, C) float32; a frame's noise depends on the seed and its number, not on the video's length."""
+    return noise_of_frames(seed, windows.starts[:, None] + np.arange(windows.length), config)
+
+
+def noise_of_frames(seed: int, frames_WT: np.ndarray, config: Config) -> jax.Array:
+    """(W, T, h, w, C) float32: the noise of these latent frames."""
     shape = (config.height // config.vae.side, config.width // config.vae.side, config.vae.latent_channels)
-    frames = windows.starts[:, None] + np.arange(windows.length)
-    return _draw(jax.random.key(seed), frames, shape)
+    return _draw(jax.random.key(seed), frames_WT, shape)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -163,10 +167,10 @@ def _draw(key, frames_WT, shape):
     def draw(frame):
         return jax.random.normal(jax.random.fold_in(key, frame), shape)
 
-    return _spread(jax.vmap(jax.vmap(draw))(frames_WT))
+    return spread(jax.vmap(jax.vmap(draw))(frames_WT))
 
 
-def _spread(windows):
+def spread(windows):
     """Every (W, T, h, w, C) of a tree with its windows over the batch axes of the mesh."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch", None, None, None, None), windows)
 

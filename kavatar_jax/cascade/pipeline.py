@@ -1,17 +1,22 @@
 """The whole system on one screen: a portrait, a speech and an instruction become a talking video."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
 
 from kavatar_jax.cascade.blueprint import at_blueprint_size, draw_blueprint
 from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.film import draw_film
 from kavatar_jax.cascade.keyframes import pick_keyframes
-from kavatar_jax.cascade.stitch import stitch
+from kavatar_jax.cascade.performance import draw_performance, perform
+from kavatar_jax.cascade.stitch import decode, stitch
 from kavatar_jax.cascade.subclips import render_subclips
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
+from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.sharding import batch_slots
 from kavatar_jax.types import Report, Request, Scene, Storyline, Video, silent
 
 Director = Callable[[Request], Storyline]
@@ -40,8 +45,19 @@ def generate_in_one_pass(
     """StableAvatar's path: sliding windows over the whole speech at full size."""
     storyline = director(request)
     conditions = encode(request, storyline, weights, config, report)
-    performance = draw_blueprint(conditions, weights, config, report, denoise)
+    performance = draw_performance(conditions, weights, config, report, denoise)  # one finished span after the other
     return stitch(performance, weights, config, report, frames=conditions.frames, speech=request.speech)
+
+
+def generate_live(
+    request: Request, speech: Iterable[np.ndarray], director: Director, weights: Weights, config: Config,
+    *, report: Report = silent,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The frames of one pass over speech that is still being spoken; request.speech is empty."""
+    storyline = director(request)  # of what will be said, nothing is known
+    conditions = encode(request, storyline, weights, config, report)
+    group = batch_slots(current())  # as few windows at a time as keep every device busy
+    yield from decode(perform(conditions, speech, weights, config, group=group, report=report), weights, config)
 
 
 def generate_without_speech(scene: Scene, weights: Weights, config: Config, *, report: Report = silent) -> Video:

@@ -5,6 +5,7 @@ What the user says comes first, then the voice, then the portrait (the order of 
 motion (KlingAvatar 2.0, arXiv 2512.13313, section 3.2). The same request always gives the same storyline.
 """
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -47,27 +48,24 @@ def direct(request: Request, *, max_seconds: float = 3.2, min_seconds: float = 0
     spans = find_spans(request.speech, max_seconds=max_seconds, min_seconds=min_seconds)
     voices = find_voice(request.speech, spans)
     look = describe_look(request.portrait)
-    shots = []
-    for span, voice in zip(spans, voices, strict=True):
-        wish = _merge(_clauses_of(span, spans, clauses))
-        emotion = next(iter(wish.emotions), None) or _heard_emotion(voice, wish.against)
-        arousal = _arousal(voice, wish.emotions)
-        prompt = _prompt(request.instruction.strip(), wish, voice=voice, emotion=emotion, look=look)
-        negative = _negative(wish, voice=voice, emotion=emotion, arousal=arousal)
-        action, camera = ", ".join(wish.actions), ", ".join(wish.camera) or "static"
-        shots.append(
-            Shot(
-                start=span[0],
-                end=span[1],
-                prompt=prompt,
-                negative=negative,
-                action=action,
-                emotion=emotion,
-                arousal=arousal,
-                camera=camera,
-            )
-        )
+    wishes = (_merge(_clauses_of(span, spans, clauses)) for span in spans)
+    shots = [
+        _shot(span, wish, voice=voice, instruction=request.instruction.strip(), look=look)
+        for span, wish, voice in zip(spans, wishes, voices, strict=True)
+    ]
     return Storyline(summary=_summarise(request.instruction.strip(), shots, voices), shots=tuple(shots))
+
+
+def direct_unheard(request: Request) -> Storyline:
+    """One shot without end, for speech that is yet to come; request.speech is not read.
+
+    There are no pauses to cut at, no voice to hear a mood in, and no end from which "first" and "at the end" could be
+    told: clauses with words of time stand in the prompt as they were written, and do nothing else.
+    """
+    wish = _merge([clause for clause in read_instruction(request.instruction) if clause.when == THROUGHOUT])
+    look = describe_look(request.portrait)
+    shot = _shot((0.0, math.inf), wish, voice=0.5, instruction=request.instruction.strip(), look=look)
+    return Storyline(summary=request.instruction.strip() or TALKING, shots=(shot,))
 
 
 def describe_look(portrait: np.ndarray) -> str:
@@ -87,6 +85,21 @@ def describe_look(portrait: np.ndarray) -> str:
     if colourfulness < 15 or colourfulness > 59:
         words.append("nearly colourless" if colourfulness < 15 else "colourful")
     return f"The picture is {' and '.join(words)}." if words else ""
+
+
+def _shot(span: Span, wish: Clause, *, voice: float | None, instruction: str, look: str) -> Shot:
+    emotion = next(iter(wish.emotions), None) or _heard_emotion(voice, wish.against)
+    arousal = _arousal(voice, wish.emotions)
+    return Shot(
+        start=span[0],
+        end=span[1],
+        prompt=_prompt(instruction, wish, voice=voice, emotion=emotion, look=look),
+        negative=_negative(wish, voice=voice, emotion=emotion, arousal=arousal),
+        action=", ".join(wish.actions),
+        emotion=emotion,
+        arousal=arousal,
+        camera=", ".join(wish.camera) or "static",
+    )
 
 
 def _clauses_of(span: Span, spans: list[Span], clauses: tuple[Clause, ...]) -> list[Clause]:

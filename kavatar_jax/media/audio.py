@@ -47,6 +47,12 @@ def load_speech(path: str | Path) -> Speech:
     return Speech(samples=samples / max(1.0, float(np.abs(samples).max())), path=path)
 
 
+def decode_command(path: Path) -> list[str]:
+    """What makes a float wav of any recording and writes it to a pipe."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0"]
+    return [*command, "-af", FROM_ZERO, "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
+
+
 def is_silent(speech: Speech) -> bool:
     """Whether nobody speaks: all of it under -60 dBFS, or a steady noise under -45 dBFS. Such a file is still valid."""
     return _level_and_floor(_energy_above_hum(speech)) is None
@@ -98,9 +104,7 @@ def pitch_contour(speech: Speech, *, hop: float) -> np.ndarray:
 
 def _decode(path: Path) -> tuple[np.ndarray, int]:
     """(n, channels) float32 and the sample rate, both untouched: a float wav from ffmpeg through a pipe."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0"]
-    command += ["-af", FROM_ZERO, "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = subprocess.run(decode_command(path), capture_output=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         if any("matches no streams" in line for line in lines):

@@ -122,7 +122,7 @@ def probe(path: str | Path) -> VideoInfo:
     stream = re.search(r"Stream .*Video: .*?\b(\d+)x(\d+)\b.*?([\d.]+)(k?) fps", target)
     counts = re.findall(r"frame= *(\d+)", target)
     if done.returncode != 0 or not stream or not counts:
-        raise ValueError(f"video {path}: not a video that ffmpeg can read ({_last_words(io.BytesIO(done.stderr))})")
+        raise ValueError(f"video {path}: not a video that ffmpeg can read ({last_words(io.BytesIO(done.stderr))})")
     width, height, rate, thousand = stream.groups()
     fps, count = float(rate) * (1000 if thousand else 1), int(counts[-1])
     has_audio = re.search(r"Stream .*Audio: ", source) is not None
@@ -157,6 +157,32 @@ def contact_sheet(frames: Iterable[np.ndarray], *, columns: int) -> np.ndarray:
     return sheet.reshape(rows, columns, height, width, channels).swapaxes(1, 2).reshape(rows * height, -1, channels)
 
 
+def ffmpeg() -> list[str]:
+    """The beginning of every command that writes."""
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-nostats", "-y"]
+
+
+def raw_options(shape: tuple[int, ...], fps: float) -> list[str]:
+    """Frames (H, W, 3) uint8 that ffmpeg reads from standard input; ValueError for odd sides."""
+    height, width = shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"video size {width}x{height} is odd; H.264 with 4:2:0 colour needs even sides")
+    return ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(_rational(fps)), "-i", "pipe:0"]
+
+
+def colour_options() -> list[str]:
+    """RGB to yuv420p as BT.709, and said so."""
+    tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    return ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,{tags}"]
+
+
+def last_words(log: IO[bytes]) -> str:
+    """The end of what ffmpeg said."""
+    log.seek(0)
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read().decode(errors="replace")) if line.strip()]
+    return "; ".join(lines[-3:]) or "it gave no reason"
+
+
 # swscale's defaults are faster and coarser: dark by one level, colour edges shifted.
 _SCALE = "flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
 _WEB = ("-movflags", "+faststart")  # the index first, so that a browser can start before it has the whole file
@@ -177,24 +203,15 @@ def _sound_file(speech: Speech, scratch: Path) -> Path:
 
 
 def _encode_command(shape: tuple[int, ...], target: Path, fps: float, quality: int) -> list[str]:
-    height, width = shape[:2]
-    if height % 2 or width % 2:
-        raise ValueError(f"video size {width}x{height} is odd; H.264 with 4:2:0 colour needs even sides")
-    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(_rational(fps)), "-i", "pipe:0"]
-    tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-    colours = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:{_SCALE},format=yuv420p,{tags}"]
-    return [*_ffmpeg(), *raw, *colours, "-c:v", "libx264", "-crf", str(quality), *_WEB, f"file:{target}"]
+    picture = [*raw_options(shape, fps), *colour_options()]
+    return [*ffmpeg(), *picture, "-c:v", "libx264", "-crf", str(quality), *_WEB, f"file:{target}"]
 
 
 def _mux_command(mute: Path, sound: Path, target: Path, seconds: float) -> list[str]:
     """The picture as it is, and the sound cut or padded to its length."""
     inputs = ["-i", f"file:{mute}", "-i", f"file:{sound}", "-map", "0:v:0", "-map", "1:a:0"]
     as_long = ["-af", f"{audio.FROM_ZERO},apad,atrim=end={seconds:.6f}"]
-    return [*_ffmpeg(), *inputs, "-c:v", "copy", *as_long, "-c:a", "aac", "-b:a", "192k", *_WEB, f"file:{target}"]
-
-
-def _ffmpeg() -> list[str]:
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-v", "error", "-nostats", "-y"]
+    return [*ffmpeg(), *inputs, "-c:v", "copy", *as_long, "-c:a", "aac", "-b:a", "192k", *_WEB, f"file:{target}"]
 
 
 def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> int:
@@ -220,7 +237,7 @@ def _feed(command: list[str], frames: Iterable[np.ndarray], path: Path) -> int:
             with contextlib.suppress(BrokenPipeError):
                 encoder.stdin.close()
         if encoder.wait() != 0:
-            raise OSError(f"video {path}: ffmpeg could not write it ({_last_words(log)})")
+            raise OSError(f"video {path}: ffmpeg could not write it ({last_words(log)})")
     return count
 
 
@@ -250,7 +267,7 @@ def _decode(command: list[str], path: str | Path) -> Iterator[np.ndarray]:
             decoder.kill()
             raise
         if decoder.wait() != 0 or not count:
-            raise ValueError(f"video {path}: ffmpeg cannot read it beyond frame {count} ({_last_words(log)})")
+            raise ValueError(f"video {path}: ffmpeg cannot read it beyond frame {count} ({last_words(log)})")
 
 
 def _rational(fps: float) -> Fraction:
@@ -258,9 +275,3 @@ def _rational(fps: float) -> Fraction:
     if not fps > 0:
         raise ValueError(f"fps {fps} must be positive")
     return Fraction(fps).limit_denominator(1001)
-
-
-def _last_words(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = [line.strip() for line in re.split(r"[\r\n]+", log.read().decode(errors="replace")) if line.strip()]
-    return "; ".join(lines[-3:]) or "it gave no reason"

@@ -70,22 +70,23 @@ def decode_stream(
 
     latents: (T, H, W, C) on the host, or an iterable of such pieces of any length. pixels: "uint8", or "float32" as
     `decode` returns. Two programs are compiled whatever the length, device memory does not grow with it, and a chunk is
-    fetched while the next is computed.
+    fetched while the next is computed, unless that waits for the next piece.
     """
     if pixels not in ("uint8", "float32"):
         raise ValueError(f"pixels is {pixels!r}; choose 'uint8' or 'float32'")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
     state, before = None, None
-    for piece, count in _regroup(latents, chunk):
+    for piece, count, at_hand in _regroup(latents, chunk):
         real = count * config.stride if state else 1
         frames, state = _decode_chunk(params, piece[None], state, config=config, pixels=pixels)
         frames.copy_to_host_async()
         if before is not None:
             yield np.asarray(before[0])[0, : before[1]]
         before = frames, real
-    if before is not None:
-        yield np.asarray(before[0])[0, : before[1]]
+        if not at_hand:
+            yield np.asarray(frames)[0, :real]
+            before = None
 
 
 def init(config: VAEConfig, key) -> Params:
@@ -243,17 +244,19 @@ def _decode_chunk(params, latents_BTHWC, state, *, config, pixels):
     return frames, jax.tree.map(_spread, state)  # laid out the same after every chunk, or the next compiles anew
 
 
-def _regroup(latents, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The first latent frame, then `size` at a time, the last filled up with zeros; with each, how many are real."""
+def _regroup(latents, size: int) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """The first latent frame, then `size` at a time, the last filled up with zeros; with each, how many are real, and
+    whether the next one can be had without asking for another piece."""
     pieces: Iterable = [latents] if hasattr(latents, "shape") else latents
     waiting, wanted = None, 1
     for piece in pieces:
         waiting = np.asarray(piece) if waiting is None else np.concatenate([waiting, piece])
         while len(waiting) >= wanted:
-            yield waiting[:wanted], wanted
-            waiting, wanted = waiting[wanted:], size
+            taken, waiting = waiting[:wanted], waiting[wanted:]
+            yield taken, wanted, len(waiting) >= size
+            wanted = size
     if waiting is not None and len(waiting):
-        yield np.pad(waiting, ((0, wanted - len(waiting)), (0, 0), (0, 0), (0, 0))), len(waiting)
+        yield np.pad(waiting, ((0, wanted - len(waiting)), (0, 0), (0, 0), (0, 0))), len(waiting), False
 
 
 def _denormalise(latents_BTHWC, config: VAEConfig):
