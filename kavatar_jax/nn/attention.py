@@ -1,7 +1,7 @@
 """attend(): softmax attention, in the form that suits the platform it is traced for.
 
-TPU: splash. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked or
-biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
+TPU: a flash kernel. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked
+or biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
 All take and return (B, S, N, K), no causality; a mask (B, L) of keys that exist is optional.
 """
 
@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kavatar_jax.nn.context import Form, attend_on_mesh
+from kavatar_jax.nn.dense import attend_densely, block_of, blocks_for
 from kavatar_jax.parallel import mesh
 
+SPLASH_BLOCK = 1024  # most tokens of a block of JAX's kernel: what every chip has room for forwards and backwards
 LONG = 128  # fewer queries or keys are not worth a kernel
 QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
 HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle,
@@ -81,13 +83,31 @@ def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None
     return out.reshape(B, N, S, K).swapaxes(1, 2), lse.reshape(B, N, S).swapaxes(1, 2)
 
 
+def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
+    """The TPU kernel, on one device; gradients are splash's. interpret: as there."""
+
+    def part(*qkv):
+        return part_densely(*qkv, scale=scale, interpret=interpret)[0]
+
+    form = jax.custom_vjp(part)
+    splashed = functools.partial(splash, scale=scale, interpret=interpret)
+    form.defvjp(lambda *qkv: jax.vjp(splashed, *qkv), lambda pull, d: pull(d))
+    return form(q_BSNK, k_BLNK, v_BLNK)
+
+
+def part_densely(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
+    """The same, and the logarithm of each query's sum of exponentials."""
+    blocks = blocks_for(mesh.device_kind(), q_BSNK.shape[3] * q_BSNK.dtype.itemsize)
+    return attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks, scale=scale, interpret=interpret)
+
+
 def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
-    """The TPU kernel, on one device. interpret: run it step by step on a host without one."""
+    """JAX's TPU kernel, which has gradients, on one device. interpret: run it step by step on a host without one."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     S, L, N = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[2]
-    block_q, block_kv = _block(S), _block(L)
+    block_q, block_kv = block_of(S, SPLASH_BLOCK), block_of(L, SPLASH_BLOCK)
     q, k, v = (_pad(x, 1, b).swapaxes(1, 2) for x, b in ((q_BSNK, block_q), (k_BLNK, block_kv), (v_BLNK, block_kv)))
     sizes = kernels.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
@@ -110,7 +130,7 @@ def _kernel(q_BSNK, k_BLNK):
     if min(S, L) < LONG:
         return None
     if mesh.platform() == "tpu" and K % 64 == 0:
-        return splash, None
+        return dense, part_densely
     if mesh.platform() == "gpu" and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128:
         fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
         return fused, functools.partial(fused, return_residual=True)
@@ -121,11 +141,6 @@ def _kernel(q_BSNK, k_BLNK):
 
 def _product(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _block(tokens: int) -> int:
-    """Tokens per block of the TPU kernel: a multiple of 128 up to 1024, chosen to pad little."""
-    return 128 * -(-tokens // (128 * -(-tokens // 1024)))
 
 
 def _cut(x, axis: int, chunk: int):

@@ -15,7 +15,7 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # products of queries by keys by head size: those that contract over the head, and the others
-KERNELS = {"splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+KERNELS = {"dense_attention": (1, 1), "splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # bytes of types whose name does not say
 SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 
