@@ -53,7 +53,7 @@ def test_splash_equals_the_plain_form_past_its_padding(queries, keys, head):
 def test_the_dense_kernel_equals_the_plain_form_to_its_last_key(queries, keys, head, blocks):
     """Also where the last block, or the last chunk of it, has keys that do not exist, and where one key outweighs all."""
     q, k, v = draw(2, queries, keys, 2, head)
-    k = k.at[:, keys // 2].mul(20)
+    k = k.at[:, keys // 2].mul(4)
     out, lse = attend_densely(q, k, v, Blocks(*blocks), scale=head**-0.5, interpret=True)
     np.testing.assert_allclose(out, plain(q, k, v, scale=head**-0.5), atol=1e-5)
     logits = jnp.einsum("bqnk,blnk->bqnl", q, k) * head**-0.5

@@ -52,9 +52,8 @@ def compile_for(config: Config | TrainConfig, topology: str, *, task: str, mesh:
     """mesh: sizes of data, fsdp, context, tensor. Everything is of one device. ValueError for what is no slice."""
     if isinstance(config, TrainConfig) != (task == "train"):
         raise ValueError(f"{config.name} is not a config for the task {task!r}; train_stableavatar is for training")
-    devices = _devices(topology)
+    devices = absent_devices(topology)
     report = {"config": config.name, "task": task, "topology": topology, "devices": len(devices)}
-    programs.prepare(config)
     with jax.set_mesh(make_mesh(*mesh, devices=devices)):
         report["mesh"] = dict(current().shape)
         started = time.perf_counter()
@@ -80,6 +79,19 @@ def resize(config, size: str | None):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(bucket,)))
 
 
+def absent_devices(topology: str) -> list:
+    """The devices of a slice such as "v5e:4x4", to trace and compile for. ValueError for one that does not exist."""
+    from jax.experimental import topologies
+
+    if topology.split(":")[0] not in CHIPS:
+        raise ValueError(f"there are no figures for the chips of {topology!r}; choose one of {', '.join(CHIPS)}")
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"cannot compile for {topology!r}: {error}; pip install libtpu, and try v5e:2x2") from None
+
+
 def describe(report: dict) -> Table:
     table = Table("of one device", "value", title="{config} {task} on {topology}".format(**report))
     for name, value in report.items():
@@ -91,18 +103,6 @@ def describe(report: dict) -> Table:
             value = f"{value:.4g}"
         table.add_row(name, str(value))
     return table
-
-
-def _devices(topology: str):
-    from jax.experimental import topologies
-
-    if topology.split(":")[0] not in CHIPS:
-        raise ValueError(f"there are no figures for the chips of {topology!r}; choose one of {', '.join(CHIPS)}")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"cannot compile for {topology!r}: {error}; pip install libtpu, and try v5e:2x2") from None
 
 
 def _examine(compiled, program: programs.Program, kind: str, head: int, devices: int) -> dict:

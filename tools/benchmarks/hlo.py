@@ -208,6 +208,9 @@ def _group(rest: str) -> int:
     """Devices that take part in a collective together."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):  # sizes of axes, and those it goes along
+        sizes = dict(axis.split("=") for axis in found[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in found[2].replace(" ", "").split(","))
     found = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     return int(found[1]) if found else 1
 

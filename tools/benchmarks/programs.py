@@ -38,13 +38,6 @@ class Program(NamedTuple):
     program: float
 
 
-def prepare(config: Config | TrainConfig) -> None:
-    """Looks at every network's shapes, which takes a random key that the devices of a mesh of absent chips cannot make."""
-    model = config.model if isinstance(config, TrainConfig) else config
-    for name in ("dit", "vae"):
-        abstract(name, getattr(model, name))
-
-
 def denoise(config: Config, count: int | None) -> Program:
     """A sampling step of `count` windows with all their branches; None: one for each slot of the mesh."""
     mesh, sampling, net = current(), config.sampling, config.dit
