@@ -17,7 +17,7 @@ from kavatar_jax.checkpoint.bridge import flatten, unflatten
 from kavatar_jax.checkpoint.weights import load_component
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.sharding import partition, replicated
-from kavatar_jax.training.config import LoRAConfig, TrainConfig, TrainedConfig
+from kavatar_jax.training.config import LoRAConfig, OptimizerConfig, TrainConfig, TrainedConfig
 from kavatar_jax.training.optimizer import make_optimizer
 from kavatar_jax.types import Params
 
@@ -93,16 +93,16 @@ def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState,
         raise ValueError(f"trained.patterns {config.trained.patterns} match no parameter, and there is no LoRA")
     places = partition(trained, axes, mesh)
     trained = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree), out_shardings=places)(trained)
-    fresh, shardings = plan_state(trained, places, config, mesh)
+    fresh, shardings = plan_state(trained, places, config.optimizer, config.steps, mesh)
     return fresh(trained), frozen, shardings
 
 
-def plan_state(trained: Params, places: Params, config: TrainConfig, mesh):
+def plan_state(trained: Params, places: Params, config: OptimizerConfig, steps: int, mesh):
     """-> the function that makes the state at step 0 of what learns, which it uses up, and the state's shardings.
 
     trained: float32 masters, or their shapes; places: where they live
     """
-    optimizer, whole, flat = make_optimizer(config.optimizer, config.steps), replicated(mesh), flatten(places)
+    optimizer, whole, flat = make_optimizer(config, steps), replicated(mesh), flatten(places)
 
     def place(path, _):  # a slot lies where its parameter does, whatever the optimizer wraps it in
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -110,10 +110,10 @@ def plan_state(trained: Params, places: Params, config: TrainConfig, mesh):
         return next((flat[tail] for tail in tails if tail in flat), whole)
 
     slots = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
-    shardings = TrainState(whole, whole, places, slots, places if config.optimizer.ema else None)
+    shardings = TrainState(whole, whole, places, slots, places if config.ema else None)
 
     def fresh(trained):
-        ema = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else None
+        ema = jax.tree.map(jnp.copy, trained) if config.ema else None
         return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), trained, optimizer.init(trained), ema)
 
     return jax.jit(fresh, out_shardings=shardings, donate_argnums=0), shardings
