@@ -17,6 +17,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 # products of queries by keys by head size: those that contract over the head, and the others
 KERNELS = {"dense_attention": (1, 1), "splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # bytes of types whose name does not say
+PLAIN = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}  # of a convolution whose window does not say
 SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
@@ -165,8 +166,7 @@ def _convolution(operation: Operation, left: list[int], right: list[int]) -> flo
     out, window = _shape(operation.type), _window(operation.rest)
     places = 1
     for axis in sorted(set(inputs) - {"b", "f"}):
-        given = {name: window.get(name, default)[int(axis)] if name in window else default
-                 for name, default in (("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1), ("pad", 0))}  # fmt: skip
+        given = {name: window[name][int(axis)] if name in window else default for name, default in PLAIN.items()}
         length = (left[inputs.index(axis)] - 1) * given["lhs_dilate"] + 1
         starts = np.arange(out[outputs.index(axis)]) * given["stride"] - given["pad"]
         at = starts[:, None] + np.arange(right[kernel.index(axis)]) * given["rhs_dilate"]
