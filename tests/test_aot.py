@@ -32,8 +32,10 @@ def test_a_sampling_step_compiles_for_four_v5e_chips(mesh, tmp_path):
     assert report["kernels"] == 6
     assert 0 < report["argument_bytes"] < report["peak_bytes"] < V5E_BYTES
     assert report["program_to_expected"] == pytest.approx(1, abs=0.05)
-    # whole networks on every chip: only the fusion of neighbouring windows, and heads for tokens, communicate
-    assert set(report["sent"]) == {"collective-permute"} | ({"all-to-all"} if mesh == "2 1 2 1" else set())
+    if mesh == "4 1 1 1":  # whole networks on every chip: only the fusion of neighbouring windows communicates
+        assert set(report["sent"]) == {"collective-permute"}
+    else:  # heads for tokens in self-attention
+        assert report["sent"]["all-to-all"] > 0
 
 
 KERNEL = """
