@@ -7,7 +7,7 @@ speaks in a plain video: `speech`, `cascade` and the guidance by audio are Stabl
 from dataclasses import replace
 
 from configs import demo, stableavatar
-from kavatar_jax.config import Config
+from kavatar_jax.config import Config, MeshConfig
 
 # what the image tasks' negative prompts begin with, wan/configs/wan_i2v_14B.py
 SHAKING, CUTTING = "镜头晃动，", "镜头切换，"
@@ -30,7 +30,8 @@ def t2v_1b() -> Config:
         overlap=0,
     )
     dit = replace(base.dit, in_channels=16, image_width=None, audio=None)
-    return replace(base, name="wan:t2v_1b", width=832, height=480, fps=16, dit=dit, sampling=sampling)
+    mesh = MeshConfig(data=1, context=-1)  # one window: its tokens are spread over the devices
+    return replace(base, name="wan:t2v_1b", width=832, height=480, fps=16, dit=dit, sampling=sampling, mesh=mesh)
 
 
 def t2v_14b() -> Config:
@@ -74,6 +75,7 @@ def tiny() -> Config:
         dit=replace(small.dit, in_channels=16, image_width=None, audio=None),
         negative_prompt=base.negative_prompt,
         sampling=replace(base.sampling, steps=2, window_frames=9),
+        mesh=base.mesh,
     )
 
 

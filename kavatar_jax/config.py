@@ -247,6 +247,20 @@ class CascadeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; one may be -1 and takes what is left.
+
+    Clips and windows are spread over data and fsdp; weights lie whole on every device of data and in parts over fsdp, for
+    networks that are larger than a device; context takes the tokens of a clip, tensor the heads.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. width, height: pixels, multiples of `grain`; text, image, speech: the three encoders."""
 
@@ -262,6 +276,7 @@ class Config:
     negative_prompt: str
     sampling: SamplingConfig
     cascade: CascadeConfig
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         for name, value in (("width", self.width), ("height", self.height)):

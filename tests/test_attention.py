@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kavatar_jax.nn import attention
-from kavatar_jax.nn.attention import attend, attend_head_by_head, splash
+from kavatar_jax.nn.attention import attend, attend_head_by_head, dense, splash
+from kavatar_jax.nn.dense import Blocks, attend_densely, block_of
 from kavatar_jax.parallel.mesh import make_mesh
 
 
@@ -47,10 +47,30 @@ def test_splash_equals_the_plain_form_past_its_padding(queries, keys, head):
 
 
 @pytest.mark.parametrize(
+    ("queries", "keys", "head", "blocks"),
+    [(200, 137, 64, (128, 128, 128)), (300, 700, 128, (128, 256, 128)), (130, 256, 128, (1024, 2048, 512))],
+)
+def test_the_dense_kernel_equals_the_plain_form_to_its_last_key(queries, keys, head, blocks):
+    """Also where the last block, or the last chunk of it, has keys that do not exist, and where one key outweighs all."""
+    q, k, v = draw(2, queries, keys, 2, head)
+    k = k.at[:, keys // 2].mul(4)
+    out, lse = attend_densely(q, k, v, Blocks(*blocks), scale=head**-0.5, interpret=True)
+    np.testing.assert_allclose(out, plain(q, k, v, scale=head**-0.5), atol=1e-5)
+    logits = jnp.einsum("bqnk,blnk->bqnl", q, k) * head**-0.5
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
+
+
+def test_gradients_through_the_dense_kernel_are_those_of_the_plain_form():
+    arrays = draw(1, 130, 137, 2, 64)
+    form = functools.partial(dense, scale=0.1, interpret=True)
+    assert_same(both_ways(form, *arrays), both_ways(functools.partial(plain, scale=0.1), *arrays))
+
+
+@pytest.mark.parametrize(
     ("tokens", "block", "padded"), [(128, 128, 128), (257, 384, 384), (1560, 896, 1792), (32760, 1024, 32768)]
 )
-def test_splash_pads_less_than_a_lane_per_block(tokens, block, padded):
-    assert attention._block(tokens) == block
+def test_blocks_pad_less_than_a_lane_each(tokens, block, padded):
+    assert block_of(tokens, 1024) == block
     assert -(-tokens // block) * block == padded
 
 

@@ -199,7 +199,8 @@ def test_muons_slots_lie_where_their_kernels_do():
     params = {"dit": {"q": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}}
     places = {"dit": {"q": {"kernel": NamedSharding(mesh, kernel), "bias": NamedSharding(mesh, bias)}}}
     config = OptimizerConfig(kind="muon", learning_rate=1e-3, ema=0.9)
-    fresh, _ = state._fresh_state(jax.device_put(params, places), places, config, 10, mesh)
+    make, _ = state.plan_state(params, places, config, 10, mesh)
+    fresh = make(jax.device_put(params, places))
     found = [(slot.shape, slot.sharding.spec) for slot in jax.tree.leaves(fresh.optimizer) if slot.size > 3]
     assert set(found) == {((8, 4), kernel), ((4,), bias)}
 

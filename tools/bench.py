@@ -1,11 +1,12 @@
 """Measure speed and memory: python tools/bench.py cpu [--only block step vae] [--json FILE]
-                            python tools/bench.py aot [--config NAME] [--topology v5e:2x2] [--mesh 4 1 1 1]
+                            python tools/bench.py aot [--config NAME] [--task denoise] [--topology v5e:2x2] [--mesh 4 1 1 1]
                             python tools/bench.py convert [--config wan:i2v_720p] [--disk 12] [--folder DIR]
 
 cpu: our networks beside other implementations of them on two cores of this machine, in turns, as ratios of the time that
 they take. Other work on the machine shows in the range of the ratios; --cores 1 takes the time of one core computing
 instead, which is steadier. Needs the extra `parity`, but for `step`.
-aot: memory, kernels and collectives of a sampling step on TPUs that are not there. Needs the extra `aot`.
+aot: what a step of sampling, decoding or training needs of TPUs that are not there, and their least time for it. Needs the
+extra `aot`.
 convert: the converter's time and peak memory beside a copy of the same bytes, on synthesised weights of a transformer
 with as many layers as fit into that many gigabytes of the disk; they are deleted afterwards.
 Exit 0 whatever the ratios are.
@@ -24,6 +25,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from rich.console import Console
 from rich.table import Table
+
+from tools.benchmarks import aot as ahead
 
 LIMITS = {"block": 1.1, "step": 1.0, "vae": 1.1}  # ratios, ours to theirs, that we are content with
 
@@ -49,11 +52,7 @@ def main() -> int:
     cpu.add_argument("--rounds", type=int, default=5)
     cpu.add_argument("--cores", type=int, default=2)
     aot = commands.add_parser("aot", help="memory on absent TPUs")
-    aot.add_argument("--config", default="stableavatar")
-    aot.add_argument("--set", action="append", default=[], dest="fields", help="replace a field: dit.layers=2")
-    aot.add_argument("--topology", default="v5e:2x2")
-    aot.add_argument("--mesh", type=int, nargs=4, default=[-1, 1, 1, 1], metavar=("DATA", "FSDP", "CONTEXT", "TENSOR"))
-    aot.add_argument("--windows", type=int, default=4)
+    ahead.add_arguments(aot)
     conversion = commands.add_parser("convert", help="the converter beside a copy of the bytes")
     conversion.add_argument("--config", default="wan:i2v_720p")
     conversion.add_argument("--disk", type=float, default=12, help="gigabytes that may be written")
@@ -93,15 +92,8 @@ def measure_cpu(arguments) -> dict:
 
 
 def measure_aot(arguments) -> dict:
-    from kavatar_jax.config import load_config, set_fields
-    from tools.benchmarks.aot import compile_step
-
-    config = set_fields(load_config(arguments.config), arguments.fields)
-    report = compile_step(config, arguments.topology, mesh=tuple(arguments.mesh), windows=arguments.windows)
-    table = Table("what", "value", title=f"{config.name} {config.width}x{config.height} on {arguments.topology}")
-    for name, value in report.items():
-        table.add_row(name, f"{value / 2**30:.2f} GiB" if name.endswith("bytes") else str(value))
-    Console(width=150).print(table)
+    report = ahead.measure(arguments)
+    Console(width=150).print(ahead.describe(report))
     return report
 
 

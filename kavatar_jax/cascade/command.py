@@ -76,9 +76,7 @@ def run(order: Order) -> None:
         request, plan = read_performance(order, config, console)
 
     started = time.perf_counter()
-    # windows are spread over the devices; where there is only one, its tokens are
-    mesh = make_mesh(data=1, context=-1) if order.mode == "video" else make_mesh()
-    with jax.set_mesh(mesh), Display(console) as display:
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), Display(console) as display:
         weights = open_weights(order, config, console)
         display("loading weights", 1, 1)
         video = draw(order, request, plan, weights, config, display)

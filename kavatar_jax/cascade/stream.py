@@ -5,6 +5,7 @@ what the same numbers as for the whole speech cost, and shorter windows or fewer
 for the whole instruction, since the director's cuts at pauses need speech that is yet to come (`direct_unheard`).
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def run(order: Order, *, rate: int, follow: float | None) -> None:
     request = Request(
         portrait=read_portrait(order, config), speech=nothing, instruction=order.instruction, seed=order.seed
     )
-    with jax.set_mesh(make_mesh()), Display(console) as display:
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), Display(console) as display:
         weights = open_weights(order, config, console)
         # compiles everything, so that no speech has to wait for that
         for _ in generate_live(request, [np.zeros(1, np.float32)], direct_unheard, weights, config, report=display):

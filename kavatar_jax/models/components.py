@@ -46,7 +46,8 @@ COMPONENTS = {
 def abstract(component: str, config) -> Params:
     """Shapes and dtypes of a component's parameters, nothing computed. Shared between callers: not to be changed."""
     model = model_of(component, config)
-    return jax.eval_shape(lambda key: model.init(config, key), jax.random.key(0))
+    # the key is not made, which devices that are not there could not
+    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
 
 
 def model_of(component: str, config) -> ModuleType:

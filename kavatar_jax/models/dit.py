@@ -89,7 +89,7 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Inputs) -> Outputs:
-        c = self.config
+        c, inputs = self.config, jax.tree.map(_clips_apart, inputs)
         grid = tuple(n // p for n, p in zip(inputs.latents.shape[1:4], c.patch, strict=True))
         condition = inputs.condition
         if c.reference == "every":
@@ -113,6 +113,9 @@ class DiT(nn.Module):
             audio = AudioAdapter(c, name="audio")(inputs.speech, inputs.slices, frames, time, modulation)
             audio = audio if inputs.heard is None else jnp.where(inputs.heard[:, None, None, None], audio, 0)
             audio_keys = inputs.slices != ABSENT
+        time, modulation, text, image, audio, director = jax.tree.map(
+            _clips_apart, (time, modulation, text, image, audio, director)
+        )
         context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director)
 
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
@@ -304,6 +307,12 @@ def frames_held(config: DiTConfig) -> int:
     frame, all of its latent's, which is then that of a still.
     """
     return MASK_CHANNELS if config.reference == "every" else 1
+
+
+def _clips_apart(x):
+    """Spread over the batch alone. Left to the compiler, what is multiplied by a kernel in parts over fsdp is cut like the
+    kernel, and summed or gathered in every block; it is the kernels that are to be gathered."""
+    return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 def split_heads(x_BSD, config: DiTConfig):

@@ -1,7 +1,7 @@
 """attend(): softmax attention, in the form that suits the platform it is traced for.
 
-TPU: splash. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked or
-biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
+TPU: a flash kernel. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked
+or biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
 All take and return (B, S, N, K), no causality; a mask (B, L) of keys that exist is optional.
 """
 
@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kavatar_jax.nn.context import Form, attend_on_mesh
+from kavatar_jax.nn.dense import attend_densely, block_of, blocks_for
 from kavatar_jax.parallel import mesh
-from kavatar_jax.parallel.sharding import partition
 
+SPLASH_BLOCK = 1024  # most tokens of a block of JAX's kernel: what every chip has room for forwards and backwards
 LONG = 128  # fewer queries or keys are not worth a kernel
 QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
 HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle,
@@ -26,7 +28,8 @@ def attend(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float 
     kernel = _kernel(q_BSNK, k_BLNK) if bias_NSL is None and keys_BL is None else None
     if kernel is None:
         return attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, keys_BL=keys_BL, bias_NSL=bias_NSL, scale=scale)
-    return _on_each_device(functools.partial(kernel, scale=scale), q_BSNK, k_BLNK, v_BLNK)
+    form = Form(*(form and functools.partial(form, scale=scale) for form in kernel))
+    return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK)
 
 
 def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float, chunk: int = QUERY_CHUNK):
@@ -52,6 +55,11 @@ def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, sca
 
 def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
     """The form for CPUs: products of plain matrices, small enough for the cache and large enough to be fast."""
+    return part_head_by_head(q_BSNK, k_BLNK, v_BLNK, scale=scale, chunk=chunk)[0]
+
+
+def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
+    """The same, and the logarithm of each query's sum of exponentials, (B, S, N)."""
     B, S, N, K = q_BSNK.shape
     chunk = chunk or max(HEAD_CHUNK, HEAD_LOGITS // k_BLNK.shape[1])
 
@@ -60,25 +68,46 @@ def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | No
 
         def one(q_QK):
             logits = _product(q_QK, k_KL) * scale
-            weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))).astype(v_LK.dtype)
+            most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+            weights = jnp.exp(logits - most).astype(v_LK.dtype)
             total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
-            return (_product(weights, v_LK) / total).astype(q_QK.dtype)
+            return (_product(weights, v_LK) / total).astype(q_QK.dtype), (most + jnp.log(total))[:, 0]
 
-        return _uncut(jax.lax.map(jax.checkpoint(one), _cut(q_SK, 0, chunk)), 0, S)
+        chunks = jax.lax.map(jax.checkpoint(one), _cut(q_SK, 0, chunk))
+        return tuple(_uncut(x, 0, S) for x in chunks)
 
     q, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q_BSNK, v_BLNK))
     # transposed ahead of the loops: XLA does a transposed bfloat16 product in float32, at half the speed
     k = k_BLNK.transpose(0, 2, 3, 1).reshape(B * N, K, -1)
-    return jax.lax.map(head, (q, k, v)).reshape(B, N, S, K).swapaxes(1, 2)
+    out, lse = jax.lax.map(head, (q, k, v))
+    return out.reshape(B, N, S, K).swapaxes(1, 2), lse.reshape(B, N, S).swapaxes(1, 2)
+
+
+def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
+    """The TPU kernel, on one device; gradients are splash's. interpret: as there."""
+
+    def part(*qkv):
+        return part_densely(*qkv, scale=scale, interpret=interpret)[0]
+
+    form = jax.custom_vjp(part)
+    splashed = functools.partial(splash, scale=scale, interpret=interpret)
+    form.defvjp(lambda *qkv: jax.vjp(splashed, *qkv), lambda pull, d: pull(d))
+    return form(q_BSNK, k_BLNK, v_BLNK)
+
+
+def part_densely(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
+    """The same, and the logarithm of each query's sum of exponentials."""
+    blocks = blocks_for(mesh.device_kind(), q_BSNK.shape[3] * q_BSNK.dtype.itemsize)
+    return attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks, scale=scale, interpret=interpret)
 
 
 def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
-    """The TPU kernel, on one device. interpret: run it step by step on a host without one."""
+    """JAX's TPU kernel, which has gradients, on one device. interpret: run it step by step on a host without one."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     S, L, N = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[2]
-    block_q, block_kv = _block(S), _block(L)
+    block_q, block_kv = block_of(S, SPLASH_BLOCK), block_of(L, SPLASH_BLOCK)
     q, k, v = (_pad(x, 1, b).swapaxes(1, 2) for x, b in ((q_BSNK, block_q), (k_BLNK, block_kv), (v_BLNK, block_kv)))
     sizes = kernels.BlockSizes(
         block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
@@ -96,39 +125,22 @@ def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
 
 
 def _kernel(q_BSNK, k_BLNK):
-    """The best unmasked form for this platform, dtype and size, or None."""
+    """The best unmasked form for this platform, dtype and size, and for parts of the keys; or None."""
     S, L, K = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[3]
     if min(S, L) < LONG:
         return None
     if mesh.platform() == "tpu" and K % 64 == 0:
-        return splash
+        return dense, part_densely
     if mesh.platform() == "gpu" and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128:
-        return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return attend_head_by_head if mesh.platform() == "cpu" and S > QUERY_CHUNK else None
-
-
-def _on_each_device(kernel, q_BSNK, k_BLNK, v_BLNK):
-    """Run a kernel by hand over every mesh axis: batch over data and fsdp, heads over tensor, queries over context.
-
-    Keys are gathered over context, queries stay where they are; an axis that does not divide is repeated.
-    """
-    axes = jax.sharding.get_abstract_mesh()
-    if axes.empty or axes.size == 1:
-        return kernel(q_BSNK, k_BLNK, v_BLNK)
-    logical = {"queries": ("batch", "tokens", "heads", None), "keys": ("batch", None, "heads", None)}
-    placed = partition({"queries": q_BSNK, "keys": k_BLNK}, logical, axes)
-    queries, keys = placed["queries"].spec, placed["keys"].spec
-    spread = jax.shard_map(kernel, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
-    return spread(q_BSNK, k_BLNK, v_BLNK)
+        fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return fused, functools.partial(fused, return_residual=True)
+    if mesh.platform() == "cpu" and S > QUERY_CHUNK:
+        return attend_head_by_head, part_head_by_head
+    return None
 
 
 def _product(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _block(tokens: int) -> int:
-    """Tokens per block of the TPU kernel: a multiple of 128 up to 1024, chosen to pad little."""
-    return 128 * -(-tokens // (128 * -(-tokens // 1024)))
 
 
 def _cut(x, axis: int, chunk: int):

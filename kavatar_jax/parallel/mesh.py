@@ -27,6 +27,12 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
+def device_kind() -> str:
+    """The name of the device code is traced for, as "TPU v5 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def current() -> Mesh:
     """The entered mesh, or one of a single device if none is."""
     mesh = jax.sharding.get_mesh()

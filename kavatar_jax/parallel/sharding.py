@@ -28,6 +28,13 @@ def spec(*logical: str | None) -> P:
     return P(*(RULES[name] for name in logical))
 
 
+def mesh_axis(logical: str) -> str:
+    """The one mesh axis that a logical axis is spread over, for what is written by hand."""
+    axis = RULES[logical]
+    assert isinstance(axis, str), f"{logical} is spread over {axis}"
+    return axis
+
+
 def constrain(x, *logical: str | None):
     """Pin an activation's layout; without a mesh, or where an axis does not divide, leave that to the compiler."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -5,7 +5,7 @@ Patterns are regular expressions that must match a whole parameter path, "dit/bl
 
 from dataclasses import dataclass, field
 
-from kavatar_jax.config import Config, VAEConfig, load_config, set_fields
+from kavatar_jax.config import Config, MeshConfig, VAEConfig, load_config, set_fields
 from kavatar_jax.puppets.records import SPLITS
 
 EVERYTHING = (r"dit/.*",)
@@ -218,16 +218,6 @@ class OptimizerConfig:
         _positive("optimizer.clip", self.clip)
         _positive("optimizer.accumulate", self.accumulate)
         _share("optimizer.ema", self.ema)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Sizes of the mesh's axes; one may be -1 and takes what is left."""
-
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ PaLM, appendix B): work that is done twice to save memory counts once.
 
 import math
 
-from kavatar_jax.config import DiTConfig
+from kavatar_jax.config import DiTConfig, VAEConfig
 from kavatar_jax.models.audio_adapter import slice_table
 
 # dense bfloat16 FLOP/s of one JAX device: Google's TPU system pages; NVIDIA's data sheets
@@ -42,6 +42,33 @@ def forward(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: int 
     patch = math.prod(c.patch)
     ends = 2 * S * d * patch * (c.in_channels + c.out_channels)
     return c.layers * block + ends + _adapter(c, S, T, heard, speech_tokens)
+
+
+def attention(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: int = 0) -> float:
+    """Of `forward`, the products of queries, keys and values in the attentions that a TPU's kernel does."""
+    S = video_tokens(config, grid)
+    context = config.text_length + (image_tokens if config.image_width is not None else 0)
+    return 4.0 * config.layers * S * (S + context) * config.width
+
+
+def decode(config: VAEConfig, grid: tuple[int, int, int]) -> float:
+    """FLOPs from latents of size (T, h, w) to pixels, none of them a video's first."""
+    places, C = math.prod(grid), config.width * config.multipliers[-1]
+    total = 2 * config.latent_channels * (config.latent_channels + 27 * C) * places
+    total += 4 * 54 * C * C * places + 8 * C * C * places + 4 * places * grid[1] * grid[2] * C
+    for level, multiplier in enumerate(reversed(config.multipliers)):
+        features = config.width * multiplier
+        total += 54 * C * features * places + (C != features) * 2 * C * features * places
+        total += (2 * config.blocks + 1) * 54 * features * features * places
+        C = features
+        if level < len(config.temporal):
+            if config.temporal[-1 - level]:
+                total += 12 * C * C * places
+                places *= 2
+            places *= 4
+            total += 9 * C * C * places
+            C //= 2
+    return total + 54 * C * 3 * config.patch**2 * places
 
 
 def train(forward_flops: float, learning: float) -> float:

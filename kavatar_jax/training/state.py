@@ -98,8 +98,30 @@ def begin(config: TrainConfig, components: list[str], mesh) -> tuple[TrainState,
         raise ValueError(f"trained.patterns {config.trained.patterns} match no parameter, and there is no LoRA")
     places = partition(trained, axes, mesh)
     trained = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree), out_shardings=places)(trained)
-    state, shardings = _fresh_state(trained, places, config.optimizer, config.steps, mesh)
-    return state, frozen, shardings
+    fresh, shardings = plan_state(trained, places, config.optimizer, config.steps, mesh)
+    return fresh(trained), frozen, shardings
+
+
+def plan_state(trained: Params, places: Params, config: OptimizerConfig, steps: int, mesh):
+    """-> the function that makes the state at step 0 of what learns, which it uses up, and the state's shardings.
+
+    trained: float32 masters, or their shapes; places: where they live
+    """
+    optimizer, whole, flat = make_optimizer(config, steps), replicated(mesh), flatten(places)
+
+    def place(path, _):  # a slot lies where its parameter does, whatever the optimizer wraps it in
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        tails = ("/".join(names[start:]) for start in range(len(names)))
+        return next((flat[tail] for tail in tails if tail in flat), whole)
+
+    slots = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
+    shardings = TrainState(whole, whole, places, slots, places if config.ema else None)
+
+    def fresh(trained):
+        ema = jax.tree.map(jnp.copy, trained) if config.ema else None
+        return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), trained, optimizer.init(trained), ema)
+
+    return jax.jit(fresh, out_shardings=shardings, donate_argnums=0), shardings
 
 
 def split(tree: Params, config: TrainedConfig) -> tuple[Params, Params]:
@@ -167,24 +189,6 @@ def fold_lora(params: Params, lora: Params) -> Params:
 def abstract_state(state: TrainState, shardings: TrainState) -> Any:
     """Shapes, dtypes and places: what a checkpoint is restored as."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings)
-
-
-def _fresh_state(trained: Params, places: Params, config: OptimizerConfig, steps: int, mesh):
-    optimizer, whole, flat = make_optimizer(config, steps), replicated(mesh), flatten(places)
-
-    def place(path, _):  # a slot lies where its parameter does, whatever the optimizer wraps it in
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        tails = ("/".join(names[start:]) for start in range(len(names)))
-        return next((flat[tail] for tail in tails if tail in flat), whole)
-
-    slots = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trained))
-    shardings = TrainState(whole, whole, places, slots, places if config.ema else None)
-
-    def fresh(trained):
-        ema = jax.tree.map(jnp.copy, trained) if config.ema else None
-        return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), trained, optimizer.init(trained), ema)
-
-    return jax.jit(fresh, out_shardings=shardings, donate_argnums=0)(trained), shardings
 
 
 def _materialise(config: TrainConfig, name: str, places: Params) -> Params:

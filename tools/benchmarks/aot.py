@@ -1,26 +1,24 @@
-"""One sampling step compiled for TPUs that are not there: which kernels and collectives it has, how much memory it needs.
+"""Real programs compiled for chips that are not there: what they need of each device, and the least time that takes.
 
-Needs libtpu, which compiles for any slice on a host without one (the extra `aot`). What does not fit does not compile.
+TPUs need libtpu, which compiles for any slice on a host without one (the extra `aot`). What does not fit does not compile,
+and the report says by how much.
 """
 
+import argparse
+import dataclasses
 import os
 import re
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from rich.table import Table
 
-from kavatar_jax.cascade.denoise import Shared, Told, group_size, step
-from kavatar_jax.config import Config
-from kavatar_jax.diffusion import guidance
-from kavatar_jax.diffusion.solver import History, plan_of
-from kavatar_jax.models import dit
-from kavatar_jax.models.audio_adapter import slice_table
-from kavatar_jax.models.components import abstract, model_of
-from kavatar_jax.parallel.mesh import make_mesh
-from kavatar_jax.parallel.sharding import batch_sharding, partition, replicated
-from kavatar_jax.types import SAMPLE_RATE, Params
+from kavatar_jax.config import Config, load_config, set_fields
+from kavatar_jax.parallel.mesh import current, make_mesh
+from kavatar_jax.training.config import TrainConfig
+from tools.benchmarks import programs
+from tools.benchmarks.hlo import cost_of
+from tools.benchmarks.roofline import CHIPS, roofline
 
 # no look-up of the cloud machine this is not, and no lock against another process that compiles
 ENVIRONMENT = {
@@ -30,74 +28,117 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+TASKS = {"denoise": programs.denoise, "decode": programs.decode, "train": programs.train}
 
 
-def compile_step(config: Config, topology: str, *, mesh: tuple[int, ...], windows: int) -> dict:
-    """Compile for a slice such as "v5e:2x2". mesh: sizes of data, fsdp, context, tensor. Bytes are per device."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="stableavatar", help="a run's; with --task train, a training run's")
+    parser.add_argument("--set", action="append", default=[], dest="fields", help="replace a field: dit.layers=2")
+    parser.add_argument("--size", help="width and height of the video, as in 832x480, in place of the config's")
+    parser.add_argument("--task", choices=TASKS, default="denoise")
+    parser.add_argument("--topology", default="v5e:2x2", help="as in v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x4")
+    parser.add_argument(
+        "--mesh", type=int, nargs=4, default=[-1, 1, 1, 1], metavar=("DATA", "FSDP", "CONTEXT", "TENSOR")
+    )
+    parser.add_argument("--count", type=int, help="windows, clips, or latent frames to decode; else one for each slot")
+
+
+def measure(arguments) -> dict:
+    config = resize(set_fields(load_config(arguments.config), arguments.fields), arguments.size)
+    return compile_for(config, arguments.topology, task=arguments.task, mesh=arguments.mesh, count=arguments.count)
+
+
+def compile_for(config: Config | TrainConfig, topology: str, *, task: str, mesh: list[int], count: int | None) -> dict:
+    """mesh: sizes of data, fsdp, context, tensor. Everything is of one device. ValueError for what is no slice."""
+    if isinstance(config, TrainConfig) != (task == "train"):
+        raise ValueError(f"{config.name} is not a config for the task {task!r}; train_stableavatar is for training")
+    devices = absent_devices(topology)
+    report = {"config": config.name, "task": task, "topology": topology, "devices": len(devices)}
+    with jax.set_mesh(make_mesh(*mesh, devices=devices)):
+        report["mesh"] = dict(current().shape)
+        started = time.perf_counter()
+        program = TASKS[task](config, count)
+        try:
+            compiled = program.traced.lower(lowering_platforms=("tpu",)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            return report | {"fits": False, "needs": _refusal(error)}
+        report["compile_seconds"] = time.perf_counter() - started
+    return report | _examine(compiled, program, topology.split(":")[0], _head(config), len(devices))
+
+
+def resize(config, size: str | None):
+    """The config for videos, or clips, of another size."""
+    if size is None:
+        return config
+    if not re.fullmatch(r"\d+x\d+", size):
+        raise ValueError(f"--size {size} is not a width and a height; write --size 832x480")
+    width, height = map(int, size.split("x"))
+    if isinstance(config, Config):
+        return dataclasses.replace(config, width=width, height=height)
+    bucket = dataclasses.replace(config.data.buckets[0], width=width, height=height, closeup=1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(bucket,)))
+
+
+def absent_devices(topology: str) -> list:
+    """The devices of a slice such as "v5e:4x4", to trace and compile for. ValueError for one that does not exist."""
     from jax.experimental import topologies
 
+    if topology.split(":")[0] not in CHIPS:
+        raise ValueError(f"there are no figures for the chips of {topology!r}; choose one of {', '.join(CHIPS)}")
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"cannot compile for {topology!r}: {error}; pip install libtpu, and try v5e:2x2") from None
-    weights = abstract("dit", config.dit)  # makes a random key, which those devices cannot
-    with jax.set_mesh(make_mesh(*mesh, devices=described.devices)):
-        started = time.perf_counter()
-        lowered = _trace(weights, config, windows).lower(lowering_platforms=("tpu",))
-        compiled = lowered.compile()
-        seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+
+
+def describe(report: dict) -> Table:
+    table = Table("of one device", "value", title="{config} {task} on {topology}".format(**report))
+    for name, value in report.items():
+        if name.endswith("bytes"):
+            value = f"{value / 2**30:.2f} GiB"
+        elif name.endswith("flops"):
+            value = f"{value / 1e12:.2f} T"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        table.add_row(name, str(value))
+    return table
+
+
+def _examine(compiled, program: programs.Program, kind: str, head: int, devices: int) -> dict:
+    memory, cost, chip = compiled.memory_analysis(), cost_of(compiled.as_text()), CHIPS[kind]
     assert memory is not None, "the compiler gave no memory analysis"
-    text = compiled.as_text()
+    times = roofline(cost, chip, head=head)
     return {
-        "topology": topology,
-        "mesh": mesh,
-        "windows": windows,
-        "compile_seconds": seconds,
-        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
-        "collectives": {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES},
+        "fits": True,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
+        "chip_bytes": chip.memory,
+        "kernels": cost.kernel_calls,
+        "collectives": dict(cost.counts),
+        "sent": dict(cost.sent),
+        "kernel_flops": cost.kernels,
+        "program_flops": cost.flops,
+        "model_flops": program.flops / devices,
+        "program_to_expected": cost.flops * devices / program.program,
+        "compute_seconds": times.compute,
+        "memory_seconds": times.memory,
+        "interconnect_seconds": times.interconnect,
+        "roofline_seconds": times.time,
+        "bound_by": times.bound,
+        "utilisation_bound": program.flops / devices / chip.flops / times.time,
     }
 
 
-def _trace(weights: Params, config: Config, windows: int):
-    mesh, sampling, net = jax.sharding.get_mesh(), config.sampling, config.dit
-    batch, everywhere = batch_sharding(mesh), replicated(mesh)
-    params = jax.tree.map(_place, weights, partition(weights, dit.AXES, mesh))
-    group = group_size(windows, sampling)
-    W, T = group * -(-windows // group), sampling.window_latents
-    latent = (T, config.height // config.vae.side, config.width // config.vae.side)
-    samples = round(sampling.window_frames * SAMPLE_RATE / config.fps)
-    tokens = model_of("speech", config.speech).token_count(samples, config.speech)
-    places = slice_table(tokens, sampling.window_frames).shape[1]
-
-    def given(sharding, *shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    number = given(batch, W, dtype=jnp.int32)
-    told = Told(
-        speech=given(batch, W, tokens, config.speech.width),
-        slices=given(batch, W, T, places, dtype=jnp.int32),
-        prompt=number, negative=number, view=number, frames=None,
-    )  # fmt: skip
-    shared = Shared(
-        text=given(everywhere, 2, net.text_length, net.text_width),
-        image=None if net.image_width is None else given(everywhere, 1, 257, net.image_width),
-        condition=given(everywhere, 1, *latent, net.in_channels - net.out_channels),
-        director=None,
-    )
-    history = History(given(batch, W, *latent, net.out_channels), None, None, None)
-    move = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, np.float32), plan_of(sampling).moves[0])
-    return step.trace(
-        params, history, move, given(everywhere, W, T), told, shared,
-        config=net, branches=guidance.branches_of(sampling), group=group,
-        stride=T - sampling.overlap,
-    )  # fmt: skip
+def _head(config: Config | TrainConfig) -> int:
+    net = config.model.dit if isinstance(config, TrainConfig) else config.dit
+    return net.width // net.heads
 
 
-def _place(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _refusal(error: Exception) -> str:
+    """What the compiler says of memory, or the error itself if it is about anything else."""
+    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+        raise error
+    return found[0]

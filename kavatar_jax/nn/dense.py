@@ -1,0 +1,121 @@
+"""Attention of all queries to all keys on a TPU: a flash kernel (Dao et al., arXiv 2205.14135) with no mask to look up.
+
+Logits stand upright, keys down and queries across, so that a query's maximum and sum are taken along the cheap axis and its
+running state is one row. Powers of two in place of e: the factor between them goes into the queries. The last keys are
+cut to those that exist, so only their chunk is compared with a limit, and no later chunk is looked at.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+
+
+class Blocks(NamedTuple):
+    """Most queries of a block, most keys of a block, and most keys whose logits are held at once."""
+
+    queries: int
+    keys: int
+    chunk: int
+
+
+# Keys and values are read again for every block of queries: 1 FLOP a byte for every query of it. A chip needs FLOP/s over
+# B/s of its memory (v5e 240, v5p 166, v6e 560, tpu7x 313) just to keep up, so blocks have about four times that. A step of
+# the grid costs about a third of a microsecond: with 2048 keys it has two (tpu7x) to five (v5e) to do. Logits and their
+# powers take 10 bytes for every query and key of a chunk: 5 MiB of the 16 of a v5's kernel, 10 of the others' 32.
+BLOCKS = {
+    "TPU v5 lite": Blocks(1024, 2048, 512),
+    "TPU v5": Blocks(1024, 2048, 512),
+    "TPU v6 lite": Blocks(2048, 2048, 512),
+    "TPU7x": Blocks(2048, 2048, 512),
+}
+WIDE = Blocks(512, 512, 512)  # for heads of more than 256 bytes, and chips not known
+
+
+def blocks_for(device_kind: str, head_bytes: int) -> Blocks:
+    return BLOCKS.get(device_kind, WIDE) if head_bytes <= 256 else WIDE
+
+
+def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, interpret: bool = False):
+    """softmax(q k^T * scale) v as (B, S, N, K), and the logarithm of each query's sum of exponentials, (B, S, N) float32.
+
+    interpret: run it step by step on a host without a TPU
+    """
+    B, S, N, K = q_BSNK.shape
+    L, chunk = k_BLNK.shape[1], block_of(k_BLNK.shape[1], blocks.chunk)
+    queries, keys = block_of(S, blocks.queries), chunk * max(1, min(blocks.keys, -(-L // chunk) * chunk) // chunk)
+    q = (q_BSNK * (scale * math.log2(math.e))).astype(q_BSNK.dtype)
+    q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k_BLNK, v_BLNK))
+    k, v = (jnp.pad(x, ((0, 0), (0, -L % keys), (0, 0))) for x in (k, v))
+    by_query = pl.BlockSpec((None, queries, K), lambda n, i, j: (n, i, 0))
+    by_key = pl.BlockSpec((None, keys, K), lambda n, i, j: (n, j, 0))
+    out, lse = pl.pallas_call(
+        functools.partial(_attend, keys=L, chunk=chunk),
+        grid=(B * N, -(-S // queries), -(-L // keys)),
+        in_specs=[by_query, by_key, by_key],
+        out_specs=[by_query, pl.BlockSpec((None, 1, queries), lambda n, i, j: (n, 0, i))],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B * N, 1, S), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((rows, queries), jnp.float32) for rows in (1, 1, K)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * N * S * L * K,
+            transcendentals=B * N * S * L,
+            bytes_accessed=2 * q.dtype.itemsize * B * N * K * (S + L * -(-S // queries)),
+        ),
+        name="dense_attention",
+        interpret=interpret,
+    )(q, k, v)
+    return out.reshape(B, N, S, K).swapaxes(1, 2), lse.reshape(B, N, S).swapaxes(1, 2)
+
+
+def block_of(tokens: int, most: int) -> int:
+    """Tokens of a block: whole lanes, at most `most`, chosen to pad little and then to be large."""
+    if tokens <= most:
+        return LANES * -(-tokens // LANES)
+    return min(range(max(LANES, most // 2), most + 1, LANES), key=lambda block: (-tokens % block, -block))
+
+
+def _attend(q_ref, k_ref, v_ref, out_ref, lse_ref, most_ref, total_ref, sum_ref, *, keys: int, chunk: int):
+    """One block of queries and one of keys. most, total: (1, queries); sum: (K, queries), all in units of powers of two."""
+    j, last, block = pl.program_id(2), pl.num_programs(2) - 1, k_ref.shape[0]
+
+    @pl.when(j == 0)
+    def _():
+        most_ref[...] = jnp.full_like(most_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def add(start: int, real: int):
+        here = pl.ds(start, chunk)
+        logits = _dot(k_ref[here, :], q_ref[...], (1, 1))
+        if real < chunk:
+            logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < real, logits, -jnp.inf)
+        before = most_ref[...]
+        most = jnp.maximum(before, logits.max(axis=0, keepdims=True))
+        weights, kept = jnp.exp2(logits - most), jnp.exp2(before - most)
+        most_ref[...] = most
+        total_ref[...] = kept * total_ref[...] + weights.sum(axis=0, keepdims=True)
+        sum_ref[...] = kept * sum_ref[...] + _dot(v_ref[here, :], weights.astype(v_ref.dtype), (0, 0))
+
+    def add_all(real: int):
+        for start in range(0, real, chunk):
+            add(start, min(chunk, real - start))
+
+    rest = keys - (-(-keys // block) - 1) * block
+    pl.when(j < last)(lambda: add_all(block))
+    pl.when(j == last)(lambda: add_all(rest))
+
+    @pl.when(j == last)
+    def _():
+        out_ref[...] = (sum_ref[...] / total_ref[...]).T.astype(out_ref.dtype)
+        lse_ref[...] = (most_ref[...] + jnp.log2(total_ref[...])) * math.log(2)
+
+
+def _dot(a, b, axes: tuple[int, int]):
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
