@@ -39,7 +39,7 @@ def config() -> Config:
             skip=True,
             reference="every",
             remat="none",
-            audio=AudioAdapterConfig(speech_width=96, projection=(192,), heads=3, mlp=384, layers=2),
+            audio=AudioAdapterConfig(speech_width=96, projection=(192,), heads=3, mlp=384, layers=2, pack=17),
         ),
         vae=VAEConfig(
             width=16,

@@ -19,6 +19,8 @@ class AudioAdapterConfig:
 
     modulated: the timestep modulates it; looking: its blocks look at the latents. Without either, and without layers, it is
     the paper's ablations.
+    pack: how many tokens of a slice, around its middle, make one vector more that is added to a frame's tokens in every
+    block (after OmniAvatar, arXiv 2506.18866); 0, as released, for none. It tells earlier from later, and is learnt soon.
     """
 
     speech_width: int
@@ -28,6 +30,7 @@ class AudioAdapterConfig:
     layers: int
     modulated: bool = True
     looking: bool = True
+    pack: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,8 @@ class DiTConfig:
     image_positions: length of the table added to the image tokens (514 in FLF2V), 0 for none
     audio: None for plain Wan
     director_width: width of the director's hidden states, None where there is no projection for them
-    predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from those of
-    the condition's first frame
+    predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from what the
+    condition shows in the same frame, which takes reference="every" to be more than grey
     skip: where it is not the velocity that is predicted, what is noisy also goes straight to the output, each channel by a
     gain that the noise level decides: a network narrower than its latents need not carry their finer parts
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where

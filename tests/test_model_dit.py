@@ -10,8 +10,8 @@ import pytest
 from conftest import GOLDEN
 
 from configs import demo
-from kavatar_jax.models import dit
-from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, slice_table
+from kavatar_jax.models import audio_adapter, dit
+from kavatar_jax.models.audio_adapter import ABSENT, SILENCE, AudioPack, slice_table
 from tools import ablations
 from tools.reference import dit as reference
 from tools.reference.synthetic_weights import Fixture
@@ -144,7 +144,7 @@ def test_a_head_that_predicts_clean_latents_gives_their_velocity(tiny):
         np.testing.assert_allclose(turned[b], (inputs.latents[b] - head[b]) / sigma, rtol=1e-5, atol=1e-4)
     changed = velocity(dataclasses.replace(config, predicts="change"), params, inputs)
     for b, sigma in enumerate((0.9, 0.02)):
-        clean = head[b] + inputs.condition[b, :1, ..., 4:]
+        clean = head[b] + inputs.condition[b, ..., 4:]
         np.testing.assert_allclose(changed[b], (inputs.latents[b] - clean) / sigma, rtol=1e-5, atol=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_what_is_noisy_skips_to_the_output(tiny, predicts):
     gains = jnp.linspace(-1, 1, config.out_channels)
     told = velocity(skipping, {**params, "skip": {**fresh, "bias": gains}}, inputs)
     for b, sigma in enumerate((0.9, 0.02)):
-        start = inputs.condition[b, :1, ..., 4:] if predicts == "change" else 0
+        start = inputs.condition[b, ..., 4:] if predicts == "change" else 0
         more = gains * (inputs.latents[b] - (1 - sigma) * start)  # of the clean latents
         np.testing.assert_allclose(told[b], plain[b] - more / sigma, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="dit.skip"):
@@ -210,6 +210,43 @@ def test_absent_places_are_as_if_they_were_not_there(tiny):
     plain = velocity(config, params, inputs)
     np.testing.assert_allclose(velocity(config, params, inputs._replace(slices=wider)), plain, atol=2e-6)
     assert np.abs(velocity(config, params, inputs._replace(slices=silent)) - plain).max() > 1e-5
+
+
+def test_a_slice_is_a_set_but_for_the_pack(tiny):
+    """As released, attention hears no order; the pack starts at nothing, then tells earlier from later in its own frame."""
+    config, params = tiny
+    inputs = make_inputs(config)
+    plain = velocity(config, params, inputs)
+    backwards = inputs._replace(slices=inputs.slices[..., ::-1])
+    np.testing.assert_allclose(velocity(config, params, backwards), plain, atol=2e-6)
+    count = inputs.slices.shape[-1]
+    packed = dataclasses.replace(config, layers=1, audio=dataclasses.replace(config.audio, pack=count + 2))
+    fresh = dit.init(packed, jax.random.key(6))
+    params = {**params, "pack": fresh["pack"]}
+    params["blocks"] = {**jax.tree.map(lambda leaf: leaf[:1], params["blocks"]), "hear": fresh["blocks"]["hear"]}
+    one = dataclasses.replace(config, layers=1)
+    np.testing.assert_array_equal(velocity(packed, params, inputs), velocity(one, params, inputs))
+    params["blocks"]["hear"] = {"kernel": jax.random.normal(jax.random.key(7), (1, config.width, config.width))}
+    assert np.abs(velocity(packed, params, backwards) - velocity(packed, params, inputs)).max() > 1e-3
+    narrow = inputs._replace(slices=inputs.slices[..., 1:-1])  # the middle stays where it is
+    silent = inputs._replace(slices=inputs.slices.at[..., [0, -1]].set(SILENCE))
+    heard = [AudioPack(packed).apply({"params": params["pack"]}, told.speech, told.slices) for told in (narrow, silent)]
+    np.testing.assert_allclose(*heard, atol=1e-6)
+    deaf = [inputs._replace(speech=speech, heard=jnp.zeros(2, bool)) for speech in (inputs.speech, inputs.speech + 1)]
+    np.testing.assert_array_equal(*(velocity(packed, params, told) for told in deaf))
+    small = dataclasses.replace(packed, audio=dataclasses.replace(config.audio, pack=count - 2))
+    with pytest.raises(ValueError, match="audio.pack"):
+        apply(small, {"params": params}, inputs)
+
+
+def test_tokens_that_a_slice_lacks_leave_their_places_silent():
+    tokens, frames = 18, 9
+    table, spans = slice_table(tokens, frames), audio_adapter.slice_spans(tokens, frames)
+    assert table.shape[1] == spans[0, 1] - spans[0, 0] + 1
+    for row, (first, _) in zip(table, spans, strict=True):
+        offsets = np.arange(len(row)) + first
+        np.testing.assert_array_equal(row, np.where((offsets >= 0) & (offsets < tokens), offsets, SILENCE))
+    assert (table[0] == SILENCE).any() and (table[-1] == SILENCE).any()
 
 
 def test_lora_starts_at_nothing_and_then_counts(tiny):

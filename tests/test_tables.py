@@ -48,7 +48,7 @@ def test_axes(model):
             assert set(axes) <= set(RULES), f"{path} has axes that RULES does not know: {axes}"
             used.update(rows)
     if module is COMPONENTS["dit"].model:  # what no released checkpoint holds
-        used.update(row for row in module.AXES if any(name in row for name in ("director", "skip")))
+        used.update(row for row in module.AXES if any(name in row for name in ("director", "pack", "hear", "skip")))
     assert used == set(module.AXES)
 
 

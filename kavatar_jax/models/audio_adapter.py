@@ -51,6 +51,28 @@ class AudioAdapter(nn.Module):
         return Linear(c.width, c.dtype, c.param_dtype, name="head")(x_BTAD).astype(jnp.float32)
 
 
+class AudioPack(nn.Module):
+    """All that a latent frame hears as one vector: (B, L, speech_width) and slices (B, T, A) -> (B, T, D) float32.
+
+    Zero where everything is silent. Source: the audio pack of OmniAvatar, arXiv 2506.18866, section 3.2.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, speech_BLD, slices_BTA):
+        c, a = self.config, self.config.audio
+        assert a is not None
+        B, T, count = slices_BTA.shape
+        if count > a.pack:
+            raise ValueError(f"slices have {count} speech tokens, and audio.pack is {a.pack}; use a higher frame rate")
+        before = (a.pack - count) // 2  # a shorter slice keeps its middle where it is
+        around = ((0, 0), (0, 0), (before, a.pack - count - before), (0, 0))
+        heard = jnp.pad(gather_slices(speech_BLD, slices_BTA), around).reshape(B, T, -1)
+        h = nn.silu(Linear(c.width, c.dtype, c.param_dtype, use_bias=False, name="in")(heard))
+        return Linear(c.width, c.dtype, c.param_dtype, use_bias=False, name="out")(h).astype(jnp.float32)
+
+
 class AdapterBlock(nn.Module):
     """Modulated norm as its own branch, attention to the latent tokens of the same frame, feed-forward; x is float32."""
 
@@ -117,13 +139,13 @@ def slice_spans(tokens: int, frames: int) -> np.ndarray:
 
 
 def slice_table(tokens: int, frames: int) -> np.ndarray:
-    """Which speech tokens each latent frame hears: (T, A) int32 rows of `tokens`, then SILENCE for those it lacks."""
+    """Which speech tokens each latent frame hears: (T, A) int32 rows of `tokens`, SILENCE in the places of those it lacks.
+
+    The release puts these last, which its attention cannot tell.
+    """
     spans = slice_spans(tokens, frames)
-    rows = np.full((len(spans), spans[0, 1] - spans[0, 0] + 1), SILENCE, np.int32)
-    for row, (first, last) in zip(rows, spans, strict=True):
-        real = np.arange(max(first, 0), min(last, tokens - 1) + 1)
-        row[: len(real)] = real
-    return rows
+    rows = spans[:, :1] + np.arange(spans[0, 1] - spans[0, 0] + 1)
+    return np.where((rows >= 0) & (rows < tokens), rows, SILENCE).astype(np.int32)
 
 
 def _modulation(module: nn.Module, name: str, count: int, config: DiTConfig, time_BnD):

@@ -16,7 +16,7 @@ from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import AudioAdapterConfig, DiTConfig
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, velocity_towards
 from kavatar_jax.models import audio_adapter, director_projection
-from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, attend_per_frame
+from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, AudioPack, attend_per_frame
 from kavatar_jax.models.director_projection import DirectorProjection
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import (
@@ -60,7 +60,10 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all."""
+    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all.
+
+    pack: (B, T, D) what each latent frame hears, added to its tokens.
+    """
 
     modulation: jax.Array
     rope: tuple[jax.Array, jax.Array]
@@ -69,6 +72,7 @@ class Context(NamedTuple):
     audio: jax.Array | None
     audio_keys: jax.Array | None
     director: jax.Array | None
+    pack: jax.Array | None = None
 
 
 class Outputs(NamedTuple):
@@ -102,7 +106,7 @@ class DiT(nn.Module):
             tokens, cos, sin = jnp.where(real, tokens, 0), jnp.where(real, cos, 1), jnp.where(real, sin, 0)
 
         time, modulation = TimeEmbedding(c, name="time")(inputs.timestep)
-        audio = audio_keys = image = director = None
+        audio = audio_keys = image = director = pack = None
         text = TextEmbedding(c, name="text")(inputs.text)
         if c.image_width is not None:
             image = ImageEmbedding(c, name="image")(inputs.image)
@@ -113,10 +117,13 @@ class DiT(nn.Module):
             audio = AudioAdapter(c, name="audio")(inputs.speech, inputs.slices, frames, time, modulation)
             audio = audio if inputs.heard is None else jnp.where(inputs.heard[:, None, None, None], audio, 0)
             audio_keys = inputs.slices != ABSENT
-        time, modulation, text, image, audio, director = jax.tree.map(
-            _clips_apart, (time, modulation, text, image, audio, director)
+            if c.audio.pack:
+                pack = AudioPack(c, name="pack")(inputs.speech, inputs.slices)
+                pack = pack if inputs.heard is None else jnp.where(inputs.heard[:, None, None], pack, 0)
+        time, modulation, text, image, audio, director, pack = jax.tree.map(
+            _clips_apart, (time, modulation, text, image, audio, director, pack)
         )
-        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director)
+        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director, pack)
 
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
@@ -128,7 +135,7 @@ class DiT(nn.Module):
             start = 0.0
             if c.predicts == "change":
                 assert condition is not None, "there is nothing that could be changed"
-                start = condition[:, :1, ..., MASK_CHANNELS:].astype(jnp.float32)
+                start = condition[..., MASK_CHANNELS:].astype(jnp.float32)
             if c.skip:
                 gains = Linear(c.out_channels, "float32", c.param_dtype, init=nn.initializers.zeros, name="skip")(time)
                 predicted = predicted + gains[:, None, None, None] * (noisy - (1 - sigma) * start)
@@ -146,6 +153,8 @@ class Block(nn.Module):
         table_6D = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width), c.param_dtype)
         rows = jnp.split(table_6D.astype(jnp.float32) + context.modulation, 6, axis=1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
+        if context.pack is not None:
+            x_BSD = x_BSD + self._hear(x_BSD, context.pack)
 
         h = (layer_norm(x_BSD, 1e-6) * (1 + scale) + shift).astype(c.dtype)
         h = SelfAttention(c, name="self_attn")(h, context.rope)
@@ -158,6 +167,12 @@ class Block(nn.Module):
         h = constrain(gelu_tanh(Linear(c.mlp, c.dtype, c.param_dtype, name="up")(h)), "batch", "tokens", "mlp")
         h = Linear(c.width, c.dtype, c.param_dtype, name="down")(h)
         return constrain((x_BSD + h * gate_mlp).astype(c.dtype), "batch", "tokens", None), None
+
+    def _hear(self, x_BSD, pack_BTD):
+        c = self.config
+        start = nn.initializers.zeros
+        h = Linear(c.width, c.dtype, c.param_dtype, use_bias=False, init=start, name="hear")(pack_BTD)
+        return jnp.repeat(h, x_BSD.shape[1] // pack_BTD.shape[1], axis=1)
 
 
 class SelfAttention(nn.Module):
@@ -406,6 +421,9 @@ AXES = {
     r"blocks/up/bias": ("layers", "mlp"),
     r"blocks/down/kernel": ("layers", "mlp", "embed"),
     r"blocks/down/bias": ("layers", None),
+    r"blocks/hear/kernel": ("layers", "embed", None),
+    r"pack/in/kernel": (None, "embed"),
+    r"pack/out/kernel": ("embed", None),
     r"skip/kernel": ("embed", None),
     r"skip/bias": (None,),
     r"head/modulation": (None, None),

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kavatar_jax.models import dit
-from kavatar_jax.models.audio_adapter import SILENCE, slice_table
+from kavatar_jax.models.audio_adapter import SILENCE
 from kavatar_jax.nn.layers import layer_norm
 from tools import reference
 from tools.reference.synthetic_weights import Fixture
+from tools.reference.tables import released_slices
 
 FIXTURES = ("dit_", "wan_")
 
@@ -54,7 +55,7 @@ def _inputs(case: dict, arrays: dict, config) -> tuple[dit.Inputs, int]:
         image = repeated(arrays["clip_fea"].reshape(-1, config.image_positions or 257, config.image_width))
     if "audio" in arrays:
         speech = repeated(arrays["audio"])
-        slices = jnp.asarray(slice_table(case["audio_tokens"], case.get("video_frames", 81)))[None].repeat(batch, 0)
+        slices = jnp.asarray(released_slices(case["audio_tokens"], case.get("video_frames", 81)))[None].repeat(batch, 0)
         heard = jnp.asarray([False, True, True]) if case.get("guidance") else None
     return dit.Inputs(
         latents=channels_last(arrays["x"]),
