@@ -58,7 +58,7 @@ def config() -> Config:
         negative_prompt="blurry, distorted",
         sampling=SamplingConfig(
             steps=8,
-            shift=3.0,
+            shift=1.5,
             double_shift=False,
             text_scale=2.0,
             audio_scale=2.0,

@@ -17,6 +17,8 @@ from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.film import pictures_wanted
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass, generate_without_speech
 from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs, read_lora_files
+from kavatar_jax.checkpoint.lora import Changes
+from kavatar_jax.checkpoint.weights import NO_CHANGES
 from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.director.rules import direct
@@ -70,6 +72,7 @@ def run(order: Order) -> None:
     console = Console(stderr=True)
     keep_compiled_programs()
     config = read_order(order)
+    changes = read_lora_files(order.loras, config.dit, unused=order.lora_unused)
     if order.mode == "video":
         request, plan = read_scene(order, config), None
     else:
@@ -77,7 +80,7 @@ def run(order: Order) -> None:
 
     started = time.perf_counter()
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), Display(console) as display:
-        weights = open_weights(order, config, console)
+        weights = open_weights(order, config, console, changes)
         display("loading weights", 1, 1)
         video = draw(order, request, plan, weights, config, display)
         write_video(order.out, video.images, fps=video.fps, speech=video.speech, seconds=video.frames / video.fps)
@@ -173,9 +176,8 @@ def find_weights(order: Order, config: Config) -> Path | None:
     return DEMO if order.weights is None and config.name == "demo" else order.weights
 
 
-def open_weights(order: Order, config: Config, console: Console) -> Weights:
-    """The networks of an order with its LoRA files merged, and a word about what they do not know."""
-    changes = read_lora_files(order.loras, config.dit, unused=order.lora_unused)
+def open_weights(order: Order, config: Config, console: Console, changes: Changes = NO_CHANGES) -> Weights:
+    """The networks of an order, with what LoRA files add to them, and a word about what they do not know."""
     folder = find_weights(order, config)
     if folder is None:
         console.print(
