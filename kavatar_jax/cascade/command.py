@@ -34,7 +34,8 @@ from kavatar_jax.puppets.stage import render_portrait
 from kavatar_jax.puppets.voice import sample_voice, utter
 from kavatar_jax.types import Report, Request, Scene, Speech, Storyline, Video
 
-MODES = ("cascade", "single", "video")
+SPOKEN = ("cascade", "single")  # modes in which somebody speaks
+MODES = (*SPOKEN, "video")
 # by how many pictures a plain video is made from: what it is called, and the settings it gets unless others are asked for
 KINDS = ("words alone", "a portrait", "a portrait and a last frame")
 PLAIN_CONFIGS = ("wan:t2v_1b", "wan:i2v_480p", "wan:flf2v_720p")

@@ -11,10 +11,9 @@ import json
 import os
 from pathlib import Path
 
-from kavatar_jax.cascade.command import Order
+from kavatar_jax.cascade.command import SPOKEN, Order
 from kavatar_jax.config import Config
 
-MODES = ("cascade", "single")
 NEEDED, WANTED = ("name", "portrait", "speech"), ("instruction", "seed", "storyline", "mode")
 LEDGER = "results.jsonl"
 
@@ -113,8 +112,8 @@ def _read_line(line: bytes, number: int, folder: Path, template: Order) -> Job:
     name, mode = told["name"], told.get("mode", template.mode)
     if name != Path(name).name or name.startswith("."):
         raise ValueError(f"name {name!r} cannot be that of a file; leave out slashes and leading dots")
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in SPOKEN:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(SPOKEN)}")
     paths = {key: folder / told[key] for key in ("portrait", "speech", "storyline") if key in told}
     for key, path in paths.items():
         if not path.is_file():

@@ -28,9 +28,7 @@ def generate(
 ) -> Video:  # fmt: skip
     """Kling-Avatar's cascade: plan, small blueprint, keyframes, all sub-clips in parallel, one video."""
     storyline = director(request)  # what happens, shot by shot
-    conditions = encode(
-        request, storyline, weights, config, report
-    )  # words, voice and face as arrays, each computed once
+    conditions = encode(request, storyline, weights, config, report)  # words, voice and face, each computed once
     small = at_blueprint_size(config)
     blueprint = draw_blueprint(conditions, weights, small, report, denoise)  # the whole performance, small
     keyframes = pick_keyframes(blueprint, storyline, conditions, weights, config, report, landmarker)

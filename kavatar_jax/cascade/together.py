@@ -169,9 +169,8 @@ class Together:
         except Exception as error:  # of a computation that was under way
             answers = [error] * len(taken)
         with self._changed:
-            for (turn, k, _), answer in zip(
-                taken, answers, strict=False
-            ):  # there may be more: a group that was filled up
+            # there may be more answers than windows: a group that was filled up
+            for (turn, k, _), answer in zip(taken, answers, strict=False):
                 self._moving += turn.add(k, answer)
 
 

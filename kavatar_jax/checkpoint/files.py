@@ -3,6 +3,7 @@
 Files are mapped into memory, and mapped again every so often, so that what has been read can leave memory.
 """
 
+import abc
 import contextlib
 import json
 import os
@@ -32,7 +33,30 @@ _CODES = {
 _NAMES = {np.dtype(dtype): code for code, dtype in _CODES.items()}
 
 
-class Tensors(Mapping):
+class Parts(Mapping):
+    """Tensors by name whose `shapes` and `dtypes` are known without reading them, each to be had whole or in part."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    @abc.abstractmethod
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A copy of a slice of one tensor; no more is read than it needs."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.part(name, (slice(None),) * len(self.shapes[name]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+class Tensors(Parts):
     """The tensors of one file or of several shards, name -> array, each read when it is asked for.
 
     `shapes`, `dtypes` and the `metadata` of safetensors are known without reading. A torch file is opened with weights_only;
@@ -69,21 +93,11 @@ class Tensors(Mapping):
         return opened.read(known)
 
     def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A copy of a slice of one tensor; only its own bytes are read."""
         opened, known = self._home[name]
         return np.array(opened.read(known)[index], order="C")
 
     def file_of(self, name: str) -> Path:
         return self._home[name][0].path
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._home
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
 
 
 class SafetensorsWriter:

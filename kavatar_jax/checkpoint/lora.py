@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, forward, reference_slots
-from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors, parse_json, read_json
+from kavatar_jax.checkpoint.files import Parts, SafetensorsWriter, Tensors, parse_json, read_json
 from kavatar_jax.types import Params
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps what peft keeps in adapter_config.json
@@ -76,16 +75,7 @@ class Change:
 Changes = Mapping[str, Mapping[int | None, list[Change]]]
 
 
-class Parts(Protocol):
-    """Tensors of ours that can be read in parts."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-
-    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray: ...
-
-
-class Merged(Mapping):
+class Merged(Parts):
     """A component's tensors with changes added to them, in float32, and rounded once to the dtype that they are kept in."""
 
     def __init__(self, tensors: Parts, changes: Changes):
@@ -102,15 +92,6 @@ class Merged(Mapping):
                 row = layers.index(layer)
                 values[row] = add(values[row], found, index[1:])
         return np.asarray(values, self.dtypes[name])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.part(name, tuple(slice(None) for _ in self.shapes[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def add(values: np.ndarray, changes: Iterable[Change], index: tuple[slice, ...] | None = None) -> np.ndarray:

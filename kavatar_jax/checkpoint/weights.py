@@ -31,8 +31,8 @@ from kavatar_jax.checkpoint.bridge import (
     sources,
     unflatten,
 )
-from kavatar_jax.checkpoint.files import SafetensorsWriter, Tensors
-from kavatar_jax.checkpoint.lora import Changes, Merged, Parts, add
+from kavatar_jax.checkpoint.files import Parts, SafetensorsWriter, Tensors
+from kavatar_jax.checkpoint.lora import Changes, Merged, add
 from kavatar_jax.checkpoint.shards import Lazy
 from kavatar_jax.types import Params, Report, silent
 

@@ -4,7 +4,6 @@ The checkpoint has what learns; the rest is read from the weights directory that
 compiled and no mesh is needed.
 """
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kavatar_jax.checkpoint.bridge import flatten
-from kavatar_jax.checkpoint.files import Tensors, read_json
+from kavatar_jax.checkpoint.files import Parts, Tensors, read_json
 from kavatar_jax.checkpoint.lora import Change, Changes
 from kavatar_jax.checkpoint.store import Stored
 from kavatar_jax.checkpoint.weights import revive
@@ -58,7 +57,7 @@ class Run(NamedTuple):
         return found
 
 
-class Learnt(Mapping):
+class Learnt(Parts):
     """One network's parameters: float32 where they learn, else as the run began from them, `dtypes` those it stores.
 
     ValueError if the rest was drawn from chance, which no file holds.
@@ -86,15 +85,6 @@ class Learnt(Mapping):
         if self._last[0] != name:
             self._last = name, self._stored[self._keys[name]]
         return np.array(self._last[1][index])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.part(name, tuple(slice(None) for _ in self.shapes[name]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def open_run(folder: Path, *, step: int | None = None, kind: str = "") -> Run:
