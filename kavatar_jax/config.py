@@ -45,7 +45,7 @@ class DiTConfig:
     predicts: what the head's output stands for: "velocity", the "clean" latents, or their "change" from what the
     condition shows in the same frame, which takes reference="every" to be more than grey
     skip: where it is not the velocity that is predicted, what is noisy also goes straight to the output, each channel by a
-    gain that the noise level decides: a network narrower than its latents need not carry their finer parts
+    gain that the noise level and the token decide: a network narrower than its latents need not carry their finer parts
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
     """

@@ -17,6 +17,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of a module's compiled programs. Each takes memory maps, and a process that has 65,530 of them dies."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real portraits and recordings; tests that want them are skipped, visibly, where they are not."""

@@ -31,7 +31,7 @@ from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import probe
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import SAMPLE_RATE, silent
-from tests.test_cascade import make_request
+from tests.tones import make_request
 from tools import kill_sweep
 
 JOBS = (("anna", 1.1, "single"), ("b.1", 2.4, "cascade"), ("b", 0.5, "cascade"), ("dora", 3.0, "single"))

@@ -23,7 +23,8 @@ from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.models import vae
 from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
 from kavatar_jax.parallel.mesh import make_mesh
-from kavatar_jax.types import SAMPLE_RATE, Blueprint, Request, Speech, silent
+from kavatar_jax.types import SAMPLE_RATE, Blueprint, silent
+from tests.tones import make_request
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +35,6 @@ def config():
 @pytest.fixture(scope="module")
 def weights(config):
     return draw_untrained(config, 0, ByteTokenizer())
-
-
-def make_request(config, seconds, seed=0):
-    rng = np.random.default_rng(5)
-    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    samples = 0.2 * np.sin(2 * np.pi * 150 * time) * (np.sin(2 * np.pi * 1.5 * time) > -0.3)
-    portrait = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
-    return Request(portrait=portrait, speech=Speech(samples=samples.astype(np.float32)), instruction="smile", seed=seed)
 
 
 def run(make, request, weights, config):
@@ -105,7 +98,7 @@ def test_as_many_frames_as_speech(make, seconds, weights, config):
 
 
 def test_the_same_seed_gives_the_same_video(weights, config):
-    one, two, other = (run(generate, make_request(config, 1.2, seed), weights, config) for seed in (3, 3, 4))
+    one, two, other = (run(generate, make_request(config, 1.2, seed=seed), weights, config) for seed in (3, 3, 4))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
 

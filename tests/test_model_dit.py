@@ -157,11 +157,22 @@ def test_what_is_noisy_skips_to_the_output(tiny, predicts):
     fresh = dit.init(skipping, jax.random.key(0))["skip"]
     np.testing.assert_array_equal(velocity(skipping, {**params, "skip": fresh}, inputs), plain)
     gains = jnp.linspace(-1, 1, config.out_channels)
-    told = velocity(skipping, {**params, "skip": {**fresh, "bias": gains}}, inputs)
+    time = {**fresh["time"], "bias": gains}
+    told = velocity(skipping, {**params, "skip": {**fresh, "time": time}}, inputs)
     for b, sigma in enumerate((0.9, 0.02)):
         start = inputs.condition[b, ..., 4:] if predicts == "change" else 0
         more = gains * (inputs.latents[b] - (1 - sigma) * start)  # of the clean latents
         np.testing.assert_allclose(told[b], plain[b] - more / sigma, rtol=1e-5, atol=1e-4)
+    token = {"kernel": jax.random.normal(jax.random.key(1), fresh["token"]["kernel"].shape)}
+    told = velocity(skipping, {**params, "skip": {**fresh, "token": token}}, inputs)
+    start = inputs.condition[0, ..., 4:] if predicts == "change" else 0
+    gains = (plain - told)[0] * 0.9 / (inputs.latents[0] - 0.1 * start)
+    T, H, W, C = gains.shape
+    gains = np.asarray(gains).reshape(T, H // 2, 2, W // 2, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, C)
+    assert np.ptp(gains[..., 0], axis=0).min() > 0.1  # each token has its own,
+    np.testing.assert_allclose(
+        gains, np.broadcast_to(gains[:, :1], gains.shape), rtol=0.02, atol=0.02
+    )  # of all its latents
     with pytest.raises(ValueError, match="dit.skip"):
         dataclasses.replace(config, skip=True)
 

@@ -19,7 +19,8 @@ from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap
 from kavatar_jax.director.rules import direct, direct_unheard
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.parallel.mesh import make_mesh
-from kavatar_jax.types import SAMPLE_RATE, Request, Speech, silent
+from kavatar_jax.types import SAMPLE_RATE, silent
+from tests.tones import make_request
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,7 @@ def weights(config):
 
 
 def make_conditions(config, weights, seconds, director=direct_unheard):
-    rng = np.random.default_rng(5)
-    time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    samples = 0.2 * np.sin(2 * np.pi * 150 * time) * (np.sin(2 * np.pi * 0.7 * time) > -0.3)
-    portrait = rng.integers(0, 256, (config.height, config.width, 3), np.uint8)
-    request = Request(portrait=portrait, speech=Speech(samples=samples.astype(np.float32)), instruction="smile")
+    request = make_request(config, seconds, beat=0.7)
     return encode(request, director(request), weights, config, silent)
 
 

@@ -18,7 +18,7 @@ from kavatar_jax.diffusion.flow import TRAIN_STEPS, velocity_towards
 from kavatar_jax.models import audio_adapter, director_projection
 from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, AudioPack, attend_per_frame
 from kavatar_jax.models.director_projection import DirectorProjection
-from kavatar_jax.models.dit_layers import Head, ImageEmbedding, Patchify, TextEmbedding, TimeEmbedding
+from kavatar_jax.models.dit_layers import Head, ImageEmbedding, Patchify, Skip, TextEmbedding, TimeEmbedding
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import (
     LayerNorm,
@@ -135,8 +135,7 @@ class DiT(nn.Module):
                 assert condition is not None, "there is nothing that could be changed"
                 start = condition[..., MASK_CHANNELS:].astype(jnp.float32)
             if c.skip:
-                gains = Linear(c.out_channels, "float32", c.param_dtype, init=nn.initializers.zeros, name="skip")(time)
-                predicted = predicted + gains[:, None, None, None] * (noisy - (1 - sigma) * start)
+                predicted = predicted + Skip(c, name="skip")(x, time, grid) * (noisy - (1 - sigma) * start)
             predicted = velocity_towards(noisy, start + predicted, sigma)
         return Outputs(predicted, tokens, time, context, x)
 
@@ -347,8 +346,8 @@ AXES = {
     r"blocks/hear/kernel": ("layers", "embed", None),
     r"pack/in/kernel": (None, "embed"),
     r"pack/out/kernel": ("embed", None),
-    r"skip/kernel": ("embed", None),
-    r"skip/bias": (None,),
+    r"skip/(time|token)/kernel": ("embed", None),
+    r"skip/time/bias": (None,),
     r"head/modulation": (None, None),
     r"head/out/kernel": ("embed", None),
     r"head/out/bias": (None,),

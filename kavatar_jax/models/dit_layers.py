@@ -84,3 +84,23 @@ class Head(nn.Module):
         (T, H, W), (t, h, w) = grid, c.patch
         x = x.reshape(-1, T, H, W, t, h, w, c.out_channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return x.reshape(-1, T * t, H * h, W * w, c.out_channels)
+
+
+class Skip(nn.Module):
+    """Tokens and time -> gains of what is noisy, (B, T, H, W, out_channels) float32: each channel's, zero at first.
+
+    The noise level decides for the whole clip, the token for its own place: what stands still needs nothing of the noise.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, time_BD, grid):
+        c, start = self.config, nn.initializers.zeros
+        gains = Linear(c.out_channels, "float32", c.param_dtype, init=start, name="time")(time_BD)[:, None]
+        x = layer_norm(x_BSD, 1e-6).astype(c.dtype)
+        gains = gains + Linear(c.out_channels, c.dtype, c.param_dtype, init=start, use_bias=False, name="token")(x)
+        gains = gains.astype(jnp.float32).reshape(-1, *grid, c.out_channels)
+        for axis, size in enumerate(c.patch):
+            gains = jnp.repeat(gains, size, axis=1 + axis)
+        return gains

@@ -40,7 +40,7 @@ def forward(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: int 
     block += 4 * (context + heard * T) * d * d  # its keys and values
     block += 4 * S * d * c.mlp
     patch = math.prod(c.patch)
-    ends = 2 * S * d * patch * (c.in_channels + c.out_channels)
+    ends = 2 * S * d * (patch * (c.in_channels + c.out_channels) + c.skip * c.out_channels)
     return c.layers * block + ends + _adapter(c, S, T, heard, speech_tokens)
 
 
@@ -91,4 +91,5 @@ def _adapter(c: DiTConfig, S: int, T: int, heard: int, speech_tokens: int) -> fl
     into = sum(2 * speech_tokens * a * b for a, b in zip(widths, widths[1:], strict=False))
     look = 4 * A * d * d + 4 * S * d * d + 4 * A * (S // T) * d if c.audio.looking else 0
     block = look + 4 * A * d * c.audio.mlp
-    return into + c.audio.layers * block + 2 * A * d * d
+    pack = 2 * T * d * (c.audio.pack * c.audio.speech_width + (1 + c.layers) * d) if c.audio.pack else 0
+    return into + c.audio.layers * block + 2 * A * d * d + pack
