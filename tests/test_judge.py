@@ -10,6 +10,7 @@ import pytest
 from kavatar_jax.config import load_config
 from kavatar_jax.media.video import probe
 from kavatar_jax.puppets import judge, measure
+from kavatar_jax.puppets.drive import drive
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.judge import NEUTRAL, Trial
 from kavatar_jax.puppets.performance import Script, perform
@@ -229,11 +230,19 @@ def flashes(request):
     return replace(video, images=darker, cuts=(6, 12))
 
 
+def test_a_scene_is_driven_as_its_world_is():
+    phones, both, sound = (scenes.synthetic(1, 1.0, load_config("demo"), driven=share) for share in (0.0, 0.5, 1.0))
+    np.testing.assert_array_equal(phones.request.speech.samples, sound.request.speech.samples)
+    np.testing.assert_allclose(sound.truth, drive(sound.request.speech.samples, 25)[:25, 0], atol=1e-6)
+    np.testing.assert_allclose(both.truth, (phones.truth + sound.truth) / 2, atol=1e-6)
+    assert 0.05 < np.abs(phones.truth - sound.truth).mean() < 0.5
+
+
 def test_the_tool_judges_whoever_performs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scenes, "BLOCK", 12)  # more than one to a clip
     order = argparse.Namespace(
         weights=tmp_path, config="demo", audio=None, only="sync,seams,identity", mode="single", clips=2, seconds=0.8,
-        long_frames=200, steps=None, fields=[], keep=tmp_path / "kept", out=tmp_path / "judged.json",
+        driven=0.0, long_frames=200, steps=None, fields=[], keep=tmp_path / "kept", out=tmp_path / "judged.json",
     )  # fmt: skip
     evaluate.evaluate(order, load_config("demo"), {"single": renders, "cascade": flashes})
     found = json.loads((tmp_path / "judged.json").read_text())
@@ -261,6 +270,7 @@ def test_the_tool_refuses_bad_orders(tmp_path, capsys):
     assert "incomplete" in said() and "nowhere" in said(weights=tmp_path / "nowhere")
     assert "no section 'hair'" in said("--only", "sync,hair")
     assert "at least 2" in said("--clips", "1") and "at least 200" in said("--long-frames", "10")
+    assert "a share" in said("--driven", "1.5")
     assert "between 1 and 600" in said("--seconds", "0") and "did you mean" in said("--set", "sampling.step=1")
     assert "no such folder" in said("--audio", str(tmp_path / "none"))
     assert "two recordings" in said("--audio", str(tmp_path))

@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from kavatar_jax.checkpoint.weights import read_config
 from kavatar_jax.config import VAEConfig
+from kavatar_jax.models import vae
+from kavatar_jax.training.config import ReconstructionConfig
+from kavatar_jax.training.data import Clips
 from kavatar_jax.training.principal import principal_autoencoder
-from kavatar_jax.training.reconstruction import reconstruct
+from kavatar_jax.training.reconstruction import draw, losses, reconstruct
 from tools import principal
 
 CONFIG = VAEConfig(
@@ -64,6 +68,28 @@ def test_cells_with_lips_count_more(patterns):
         made = np.asarray(reconstruct(params, clips[0]["video"][None], config))[0]
         errors[weight] = np.abs(made.astype(int) - clips[0]["video"])[:, 4:, 4:].mean()
     assert errors[100.0] < 1.5 < 0.3 * errors[0.01]
+
+
+def test_noise_on_what_is_decoded(patterns):
+    """A linear autoencoder that loses nothing errs by what the noise alone decodes to."""
+    rng = np.random.default_rng(3)
+    made = [clip(rng, patterns, lips=True) for _ in range(60)]
+    params = principal_autoencoder(made, CONFIG, lip_weight=1.0, seed=0)
+    video, lip = (np.stack([one[name] for one in made[:2]]) for name in ("video", "lip"))
+    clips = Clips(video=video, face=0 * lip, lip=lip)
+    draws = draw(jax.random.key(0), clips, CONFIG)._replace(level=np.array([0.5, 1.0]))
+
+    def error(noise):
+        config = ReconstructionConfig(spread=0.0, noise=noise)
+        return np.asarray(losses(params, clips, draws, CONFIG, config)["error"])
+
+    def decoded(latents):
+        return np.asarray(vae.decode(params, latents, CONFIG))
+
+    alone = decoded(2.0 * draws.level[:, None, None, None, None] * draws.noise) - decoded(0 * draws.noise)
+    assert error(0.0).max() < 0.01
+    np.testing.assert_allclose(error(2.0), np.abs(alone).mean(axis=(1, 2, 3, 4)), rtol=0.02)
+    assert error(2.0)[1] > 0.1
 
 
 def test_the_command(tmp_path, capsys):

@@ -3,7 +3,8 @@
 Puppets and voices that no training has seen perform, their frames are read back, and the readings are held against the
 truth (kavatar_jax.puppets.judge says how each number is made). Sections, all unless --only names some:
 
-    sync      mouth opening against what the phones say, and with --audio against what puppets.drive makes of recordings
+    sync      mouth opening against what the phones say and the sound does, half each as in the clips that the demo's weights
+              were taught (--driven 0 for the phones alone), and with --audio against what puppets.drive makes of recordings
     identity  CIEDE2000 of mean colours to the portrait, in the videos of sync
     drift     the same two along one video of --long-frames
     control   prompts for smiles, frowns, turns, a raised hand and zooms; the voice is neutral throughout
@@ -53,6 +54,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--mode", choices=MODES, default="single")
     parser.add_argument("--clips", type=int, default=8, help="puppets in each section, and recordings")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each clip")
+    parser.add_argument(
+        "--driven", type=float, default=0.5, help="share of the truth of synthetic voices that is the sound's"
+    )
     parser.add_argument("--long-frames", type=int, default=3700, help="of the video on which drift is measured")
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: sampling.shift=5")
@@ -78,6 +82,8 @@ def read_arguments(arguments) -> Config:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least {least}")
     if not 1 <= arguments.seconds <= 600:
         raise ValueError(f"--seconds is {arguments.seconds:g}; it must be between 1 and 600")
+    if not 0 <= arguments.driven <= 1:
+        raise ValueError(f"--driven is {arguments.driven:g}; it is a share, between 0 and 1")
     for name in arguments.only.split(","):
         if name not in SECTIONS:
             raise ValueError(
@@ -129,12 +135,15 @@ class _Studio:
         """Held-out puppets that just talk, by where their voices come from."""
         if not self._talks:
             count, seconds, audio = self.arguments.clips, self.arguments.seconds, self.arguments.audio
-            scenes = {"synthetic": [synthetic(number, seconds, self.config) for number in range(count)]}
+            scenes = {"synthetic": [self.talk(number, seconds) for number in range(count)]}
             if audio is not None:
                 paths = enumerate(_recordings(audio, count))
                 scenes["real"] = [real(count + i, path, seconds, self.config) for i, path in paths]
             self._talks = {source: self.watch(f"sync {source}", found) for source, found in scenes.items()}
         return self._talks
+
+    def talk(self, number: int, seconds: float) -> Scene:
+        return synthetic(number, seconds, self.config, driven=self.arguments.driven)
 
     def watch(self, title: str, scenes: list[Scene], *, mode: str | None = None) -> list[Seen]:
         """Perform and read; keep a sheet of all and a video of the first."""
@@ -176,7 +185,7 @@ def judge_identity(studio: _Studio) -> Section:
 
 def judge_drift(studio: _Studio) -> Section:
     config, frames = studio.config, studio.arguments.long_frames
-    scene = synthetic(0, frames / config.fps, config)
+    scene = studio.talk(0, frames / config.fps)
     (seen,) = studio.watch("drift", [scene])
     colours = judge.follow_colours(seen.reading, seen.portrait)
     sync = judge.follow_sync(*seen.mouth)

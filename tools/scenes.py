@@ -63,13 +63,24 @@ class Seen:
 
 
 def synthetic(
-    number: int, seconds: float, config: Config, *, asked: str = judge.NEUTRAL, script: Script | None = None
+    number: int,
+    seconds: float,
+    config: Config,
+    *,
+    asked: str = judge.NEUTRAL,
+    script: Script | None = None,
+    driven: float = 0.0,
 ) -> Scene:
-    """Held-out puppet `number`, with its held-out voice in a room of its own; what is asked changes the words alone."""
+    """Held-out puppet `number`, with its held-out voice in a room of its own; what is asked changes the words alone.
+
+    driven: share of the mouth's truth that follows the sound rather than the phones, as in RecordsConfig.
+    """
     seed = SPLITS["held out"] + number
     person = sample_identity(seed).person
     samples, truth = say(seed, person, round(seconds * config.fps), config.fps)
     sound = record(samples, sample_room(seed), seed=seed)
+    if driven:
+        truth = truth + driven * (drive(sound, config.fps)[: len(truth), 0] - truth)
     return _scene(f"puppet {number}", number, sound, truth, config, asked=asked, script=script or Script())
 
 

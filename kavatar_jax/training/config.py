@@ -152,11 +152,14 @@ class ReconstructionConfig:
 
     lip_weight, face_weight: of the error inside the masks; motion: of the differences; kl: of the divergence
     spread: how much of the posterior's deviation is drawn, 0 for its mode alone
+    noise: most of the normal noise, in deviations of the latents, that a clip's latents have when they are decoded, so that
+    the decoder mends what a transformer leaves unsaid
     chunk: latent frames worked on at a time, None for all at once
     """
 
     kl: float = 1e-6
     spread: float = 1.0
+    noise: float = 0.0
     lip_weight: float = 1.0
     face_weight: float = 1.0
     motion: float = 0.0

@@ -2,8 +2,11 @@
 
 |error| of the pixels, more of it in faces and mouths, of their differences in time, and the posterior's divergence from a
 normal (Kingma and Welling, arXiv 1312.6114). A mouth is a handful of latents: without its weight a small autoencoder
-blurs away the very thing that has to be heard.
+blurs away the very thing that has to be heard. Noise on what is decoded stands for what a transformer will get wrong (as
+in representation autoencoders, arXiv 2510.11690).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +19,31 @@ from kavatar_jax.training.data import Clips
 from kavatar_jax.types import Params
 
 
-def draw(key, clips: Clips, config: VAEConfig):
-    """Normal noise for the posterior of each latent, (B, T, h, w, C)."""
+class Draws(NamedTuple):
+    """posterior: (B, T, h, w, C) normal noise for each latent; noise: the same, to be decoded with the latents, times
+    `level`, (B,) uniform between 0 and 1."""
+
+    posterior: jax.Array
+    noise: jax.Array
+    level: jax.Array
+
+
+def draw(key, clips: Clips, config: VAEConfig) -> Draws:
     B, F, H, W, _ = clips.video.shape
-    return jax.random.normal(key, (B, *latent_size(F, H, W, config), config.latent_channels))
+    shape = (B, *latent_size(F, H, W, config), config.latent_channels)
+    first, second, third = jax.random.split(key, 3)
+    return Draws(jax.random.normal(first, shape), jax.random.normal(second, shape), jax.random.uniform(third, (B,)))
 
 
 def losses(
-    params: Params, clips: Clips, normal, model: VAEConfig, config: ReconstructionConfig
+    params: Params, clips: Clips, draws: Draws, model: VAEConfig, config: ReconstructionConfig
 ) -> dict[str, jax.Array]:
     """Per clip, each (B,): loss, and the parts of it without their weights, that inside the lips apart."""
     video = clips.video.astype(jnp.float32) / 127.5 - 1
     mean, logvar = vae.encode(params, video, model, chunk=config.chunk)
-    spread = config.spread * jnp.exp(0.5 * logvar) * normal
-    made = vae.decode(params, mean + spread / np.float32(model.latent_std), model, chunk=config.chunk)
+    latents = mean + config.spread * jnp.exp(0.5 * logvar) * draws.posterior / np.float32(model.latent_std)
+    latents = latents + config.noise * draws.level[:, None, None, None, None] * draws.noise
+    made = vae.decode(params, latents, model, chunk=config.chunk)
 
     face, lip = (mask.astype(jnp.float32) / 255 for mask in (clips.face, clips.lip))
     weight = (1 + (config.face_weight - 1) * face) * (1 + (config.lip_weight - 1) * lip)

@@ -111,9 +111,9 @@ def vae_task(config: TrainConfig, mesh) -> Task:
     def settle(whole, batches):  # a decoder that learns alone leaves the latents as they are
         return measure_latents(config.model, whole["params"]["vae"], batches) if encoder_learns else config.model
 
-    def losses(trained, frozen, clips, normal, clip_level):
+    def losses(trained, frozen, clips, draws, clip_level):
         params = join(trained, frozen["weights"])["params"]["vae"]
-        return reconstruction.losses(params, clips, normal, model, config.reconstruction)
+        return reconstruction.losses(params, clips, draws, model, config.reconstruction)
 
     show = jax.jit(functools.partial(reconstruction.reconstruct, model=model), out_shardings=replicated(mesh))
     return Task(
