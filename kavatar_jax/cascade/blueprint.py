@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Denoise, Shared, Told, Worn, denoise, draw_noise, group_size
+from kavatar_jax.cascade.denoise import Denoise, Pictures, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import shot_at, to_signed
 from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
 from kavatar_jax.cascade.weights import Weights
@@ -66,13 +66,13 @@ def share(conditions: Conditions, views: list[View], weights: Weights, config: C
     """What all windows of a performance read, and what they see of these views."""
     worn = None
     if conditions.worn_face is not None:
-        worn = Worn(conditions.worn_face, see(wear_down(views), weights, config))
+        worn = Pictures(conditions.worn_face, see([wear_down(view) for view in views], weights, config))
     return Shared(conditions.texts, conditions.face, see(views, weights, config), conditions.director, worn)
 
 
-def wear_down(views: list[View]) -> list[View]:
-    """The views with every picture worn, for the branch that guidance leads away from."""
-    return [{frame: wear(image) for frame, image in given.items()} for given in views]
+def wear_down(view: View) -> View:
+    """Every picture worn, for the branch that guidance leads away from."""
+    return {frame: wear(image) for frame, image in view.items()}
 
 
 def at_blueprint_size(config: Config) -> Config:

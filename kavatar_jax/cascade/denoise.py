@@ -39,8 +39,8 @@ class Told(NamedTuple):
     frames: jax.Array | None
 
 
-class Worn(NamedTuple):
-    """What the pictures are like where they are worn: as the fields of `Shared` of these names."""
+class Pictures(NamedTuple):
+    """What windows see. image: (1, L, D); condition: (N, T, h, w, 20); None where the transformer is not told of them."""
 
     image: Any
     condition: Any
@@ -49,15 +49,16 @@ class Worn(NamedTuple):
 class Shared(NamedTuple):
     """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D).
 
-    All but the text are None where the transformer is not told of them, and `worn` where no branch asks for it. Where the
-    windows of a group are of several videos, image and director have a row for each window.
+    All but the text are None where the transformer is not told of them. worn: image and condition as they are where the
+    pictures have suffered, None where no branch asks for it. Where the windows of a group are of several videos, image and
+    director have a row for each window.
     """
 
     text: jax.Array
     image: Any
     condition: Any
     director: jax.Array | None
-    worn: Worn | None = None
+    worn: Pictures | None = None
 
 
 class Denoise(Protocol):
@@ -134,7 +135,7 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
 
     def seen(pictures):
         condition = None if pictures.condition is None else per_branch(pictures.condition[told.view])
-        return Worn(for_all(pictures.image), condition)
+        return Pictures(for_all(pictures.image), condition)
 
     speech, pictures = per_branch(told.speech), seen(shared)
     if silent.any():

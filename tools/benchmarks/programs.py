@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Shared, Told, Worn, group_size, step
+from kavatar_jax.cascade.denoise import Pictures, Shared, Told, group_size, step
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.solver import History, plan_of
@@ -55,7 +55,7 @@ def denoise(config: Config, count: int | None) -> Program:
         slices=_given(batch, W, T, places, dtype=jnp.int32),
         prompt=number, negative=number, view=number, frames=None,
     )  # fmt: skip
-    pictures = Worn(
+    pictures = Pictures(
         image=None if net.image_width is None else _given(everywhere, 1, seen, net.image_width),
         condition=_given(everywhere, 1, *latent, net.in_channels - net.out_channels),
     )
