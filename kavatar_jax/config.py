@@ -189,6 +189,10 @@ class SamplingConfig:
     text_scale, audio_scale: the two scales of three-branch guidance
     guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
     native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
+    frame_scale: scale of guidance away from a worn portrait (Kling-Avatar's negative frame), beside either; 1 for none
+    frame_guided: lowest and highest of the noise levels of `guided` at which there is that one
+    audio_attention: what the blocks' attention to audio is multiplied by, in every branch and at every noise level;
+    Kling-Avatar raises it without saying how far, 1 leaves it as it was trained
     window_frames: video frames of a window, 4n+1; overlap: latent frames shared by neighbouring windows, 0 for windows that
     do not touch, such as the one of a plain video
     fusion: weights over the overlap, "log", "uniform", "fixed" halves, or "none": the later window laid over the earlier
@@ -208,6 +212,9 @@ class SamplingConfig:
     windows_per_batch: int
     native: tuple[float, float] = (0.0, 0.0)
     guided: tuple[float, float] = (0.0, 1.0)
+    frame_scale: float = 1.0
+    frame_guided: tuple[float, float] = (0.0, 1.0)
+    audio_attention: float = 1.0
     solver: str = "euler"
 
     def __post_init__(self):
@@ -217,8 +224,11 @@ class SamplingConfig:
         _at_least("sampling.steps", self.steps, 1)
         if len(self.native) != 2 or min(self.native) < 0:
             raise ValueError(f"sampling.native is {self.native}; give two weights of at least 0, as in (1, 1)")
-        if len(self.guided) != 2 or not 0 <= self.guided[0] <= self.guided[1] <= 1:
-            raise ValueError(f"sampling.guided is {self.guided}; give two noise levels in [0, 1], as in (0.2, 0.9)")
+        for name, levels in (("guided", self.guided), ("frame_guided", self.frame_guided)):
+            if len(levels) != 2 or not 0 <= levels[0] <= levels[1] <= 1:
+                raise ValueError(f"sampling.{name} is {levels}; give two noise levels in [0, 1], as in (0.2, 0.9)")
+        _at_least("sampling.frame_scale", self.frame_scale, 1)
+        _at_least("sampling.audio_attention", self.audio_attention, 0)
         _at_least("sampling.windows_per_batch", self.windows_per_batch, 1)
         if self.window_frames < 5 or self.window_frames % 4 != 1:
             raise ValueError(

@@ -97,6 +97,7 @@ class Conditions:
     texts: (N, L, D) encoded prompts, zero rows after the last token
     spans: (shots, 2) seconds; prompts, negatives: (shots,) rows of `texts`
     face: (1, L, D) image tokens of the portrait; face_embedding: (E,) what identity is judged by
+    worn_face: the tokens of the portrait as if it had suffered, None where nothing is guided away from it
     portrait: (H, W, 3) uint8 at the size of the video; speech: (n,) samples
     director: (1, L, D) hidden states, or None
     """
@@ -113,6 +114,7 @@ class Conditions:
     portrait: np.ndarray
     speech: np.ndarray
     director: np.ndarray | None
+    worn_face: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.pipeline import generate
 from kavatar_jax.cascade.together import Stopped, Together
 from kavatar_jax.cascade.weights import draw_untrained
+from kavatar_jax.config import set_fields
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import probe
@@ -201,8 +202,9 @@ def test_ctrl_c_stops_at_once_and_leaves_whole_videos_only(manifest, made, tmp_p
     assert videos(tmp_path).items() <= videos(made).items()
 
 
-def test_windows_of_several_videos_are_denoised_as_each_alone():
-    config, mesh = demo.tiny(), make_mesh(devices=jax.devices())
+@pytest.mark.parametrize("fields", [[], ["sampling.frame_scale=1.5", "sampling.audio_attention=1.3"]])
+def test_windows_of_several_videos_are_denoised_as_each_alone(fields):
+    config, mesh = set_fields(demo.tiny(), fields), make_mesh(devices=jax.devices())
     weights = draw_untrained(config, 0, ByteTokenizer())
     tasks = []
     for seconds in (1.0, 2.4):

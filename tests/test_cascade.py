@@ -9,7 +9,7 @@ import pytest
 
 from configs import demo
 from kavatar_jax.cascade import denoise as denoising
-from kavatar_jax.cascade.blueprint import at_blueprint_size, plan_windows, see, tell_windows
+from kavatar_jax.cascade.blueprint import at_blueprint_size, plan_windows, see, share, tell_windows
 from kavatar_jax.cascade.denoise import denoise, draw_noise
 from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
@@ -20,6 +20,7 @@ from kavatar_jax.config import set_fields
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
 from kavatar_jax.parallel.mesh import make_mesh
@@ -118,6 +119,60 @@ def test_every_branch_of_native_guidance_hears_its_own(weights, config):
     (deaf,) = velocities((guidance.Branch(positive=True, heard=False, weight=1.0),))
     np.testing.assert_allclose(native, jnp.stack([spoken, without, deaf]), atol=1e-5)
     assert np.abs(spoken - without).max() > 1e-3 < np.abs(without - deaf).max()
+
+
+def test_the_negative_frame_is_worn_in_latents_and_tokens(weights, config):
+    """Every branch of a full set, in one batch, is what it is alone; the worn one what a worn portrait gives."""
+    fields = ["sampling.frame_scale=1.5", "sampling.native=(1.0, 1.0)", "sampling.audio_attention=1.5"]
+    guided = set_fields(config, fields)
+    request = make_request(config, 1.0)
+    suffered = dataclasses.replace(request, portrait=wear(request.portrait))
+    run_branches = jax.jit(denoising.branch_velocities, static_argnums=(3, 4))
+
+    def velocities(request, config, branches):
+        conditions = encode(request, direct(request), weights, config, silent)
+        windows, told, shared = tell_windows(conditions, weights, config)
+        x, told = draw_noise(0, windows, config)[:1], jax.tree.map(lambda leaf: leaf[:1], told)
+        return shared, run_branches(weights.dit, 500.0, shared, config.dit, branches, x, told)[:, 0]
+
+    branches = guidance.branches_of(guided.sampling)
+    assert [branch.worn for branch in branches] == [False, False, False, True]
+    shared, together = velocities(request, guided, branches)
+    plain_shared, plain = velocities(request, config, branches[:-1])
+    worn_shared, (worn,) = velocities(suffered, config, (branches[-1]._replace(worn=False),))
+    np.testing.assert_allclose(together, [*plain, worn], atol=1e-5 * np.abs(worn).max())
+    assert np.abs(plain[0] - worn).max() > 0.01 * np.abs(worn).max()
+    assert plain_shared.worn is None
+    for name in ("image", "condition"):
+        np.testing.assert_array_equal(getattr(shared, name), getattr(plain_shared, name))
+        np.testing.assert_array_equal(getattr(shared.worn, name), getattr(worn_shared, name))
+        assert np.abs(getattr(shared.worn, name) - getattr(shared, name)).max() > 1e-2
+
+
+def test_guidance_by_frame_and_attention_changes_the_video_unless_it_is_off(weights, config):
+    request = make_request(config, 1.2)
+    plain, off, on = (
+        run(generate, request, weights, set_fields(config, fields))
+        for fields in (
+            [], ["sampling.frame_scale=1", "sampling.audio_attention=1"],
+            ["sampling.frame_scale=1.5", "sampling.audio_attention=1.5"],
+        )
+    )  # fmt: skip
+    np.testing.assert_array_equal(off, plain)
+    assert (on != plain).any()
+
+
+def test_every_picture_that_a_clip_is_given_is_worn(weights, config):
+    config = set_fields(config, ["sampling.frame_scale=2"])
+    request = make_request(config, 1.0)
+    conditions = encode(request, direct(request), weights, config, silent)
+    first, last = request.portrait, request.portrait[::-1]
+    views = [{0: first}, {0: first, 12: last}]
+    shared = share(conditions, views, weights, config)
+    np.testing.assert_array_equal(shared.condition, see(views, weights, config))
+    worn = see([{0: wear(first)}, {0: wear(first), 12: wear(last)}], weights, config)
+    np.testing.assert_array_equal(shared.worn.condition, worn)
+    np.testing.assert_array_equal(shared.worn.condition[..., :4], shared.condition[..., :4])
 
 
 def test_guidance_may_be_for_some_noise_levels_only(weights, config):

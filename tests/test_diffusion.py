@@ -127,6 +127,118 @@ def test_audio_native_guidance_samples_the_distribution_it_names(weights):
 def test_branches_that_weigh_nothing_are_not_run():
     assert [branch[:2] for branch in guidance.text_and_audio(1.0, 1.0)] == [(True, True)]
     assert len(guidance.text_and_audio(4.0, 4.0)) == 2
+    assert len(guidance.negative_frame(guidance.text_and_audio(1.0, 1.0), 1.5)) == 2
+    assert len(guidance.negative_frame(guidance.text_and_audio(3.0, 5.0), 1.5)) == 4
+    assert len(guidance.negative_frame(guidance.audio_native(1.0, 1.0), 1.5)) == 4
+    for rule in (guidance.text_and_audio(3.0, 5.0), guidance.audio_native(0.5, 1.0)):
+        assert guidance.negative_frame(rule, 1.0) == rule
+
+
+RULES = {  # fields of the config, and the weight of each branch: (positive, heard, silent, worn)
+    "frame alone": (
+        {"text_scale": 1.0, "audio_scale": 1.0, "frame_scale": 1.5},
+        {(1, 1, 0, 0): 1.5, (1, 1, 0, 1): -0.5},
+    ),
+    "frame, text and audio": (
+        {"text_scale": 2.0, "audio_scale": 3.0, "frame_scale": 1.25},
+        {(0, 0, 0, 0): -2.0, (0, 1, 0, 0): 1.0, (1, 1, 0, 0): 2.25, (1, 1, 0, 1): -0.25},
+    ),
+    "frame where the prompt weighs nothing": (
+        {"text_scale": 0.0, "audio_scale": 2.0, "frame_scale": 2.0},
+        {(0, 0, 0, 0): -1.0, (0, 1, 0, 0): 2.0, (1, 1, 0, 0): 1.0, (1, 1, 0, 1): -1.0},
+    ),
+    "frame and native": (
+        {"native": (0.5, 0.25), "frame_scale": 1.5},
+        {(1, 1, 0, 0): 2.25, (1, 1, 1, 0): -0.5, (1, 0, 0, 0): -0.25, (1, 1, 0, 1): -0.5},
+    ),
+}
+
+
+def told(branch):
+    return tuple(map(int, (branch.positive, branch.heard, branch.silent, branch.worn)))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_add_up(name):
+    fields, wanted = RULES[name]
+    branches = guidance.branches_of(replace(demo.tiny().sampling, **fields))
+    assert {told(branch): branch.weight for branch in branches} == wanted and len(branches) == len(wanted)
+
+
+def draw_guided(sampling, means, deviations):
+    """What noise becomes under a config's guidance, where every branch flows to a normal of its own."""
+    x = z = np.linspace(-2, 2, 9)
+    sigmas = np.linspace(1, 0, 1501)
+    for sigma, below in zip(sigmas[:-1], sigmas[1:], strict=True):
+        branches = guidance.branches_of(sampling, (sigma + below) / 2)
+        flows = [gaussian_velocity(x, sigma, means[told(b)], deviations[told(b)]) for b in branches]
+        x = x + (below - sigma) * np.dot([branch.weight for branch in branches], flows)
+    return x, z
+
+
+SPEAKS, LEVELS = (1, 1, 0, 0), [(0.0, 1.0), (0.0, 0.7), (0.2, 0.8)]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("name", RULES)
+def test_the_mean_that_guidance_leads_to(name, levels):
+    """Normals as wide as one another: the weighted mean if there is guidance at every level, else part of the way there.
+
+    With M the weighted mean, m that of the branch without guidance, d the deviation and s(t)^2 = (1 - t)^2 d^2 + t^2,
+    x - (1 - t) M grows as s(t) where there is guidance and x - (1 - t) m where there is none.
+    """
+    fields, weights = RULES[name]
+    means = {key: 0.4 + 0.3 * i for i, key in enumerate(weights)}
+    x, z = draw_guided(
+        replace(demo.tiny().sampling, **fields, guided=levels), means, dict.fromkeys(means, deviation := 0.5)
+    )
+    way = [(1 - level) / np.hypot((1 - level) * deviation, level) for level in levels]
+    share = deviation * (way[0] - way[1])
+    assert share == pytest.approx(1) or levels != (0.0, 1.0)
+    mean = sum(weight * means[key] for key, weight in weights.items())
+    np.testing.assert_allclose(x, means[SPEAKS] + share * (mean - means[SPEAKS]) + deviation * z, atol=0.01)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("name", RULES)
+def test_the_deviation_that_guidance_leads_to(name, levels):
+    """Normals about the same mean: scales multiply, s(lo) / s(hi) of each branch to the power of its weight."""
+    fields, weights = RULES[name]
+    deviations = {key: 0.4 + 0.1 * i for i, key in enumerate(weights)}
+    means = dict.fromkeys(deviations, 0.7)
+    x, z = draw_guided(replace(demo.tiny().sampling, **fields, guided=levels), means, deviations)
+
+    def spread(key, level):
+        return np.hypot((1 - level) * deviations[key], level)
+
+    scale = spread(SPEAKS, levels[1]) * deviations[SPEAKS] / spread(SPEAKS, levels[0])
+    for key, weight in weights.items():
+        scale *= (spread(key, levels[0]) / spread(key, levels[1])) ** weight
+    np.testing.assert_allclose(x, 0.7 + scale * z, atol=0.02)
+
+
+def test_the_negative_frame_has_levels_of_its_own_within_those_of_guidance():
+    """And raised attention none: it is in every branch at every level."""
+    sampling = replace(demo.tiny().sampling, frame_scale=1.5, guided=(0.2, 0.8), frame_guided=(0.5, 1.0))
+    found = {sigma: guidance.branches_of(sampling, sigma) for sigma in (0.1, 0.4, 0.6, 0.9)}
+    assert [sum(branch.worn for branch in branches) for branches in found.values()] == [0, 0, 1, 0]
+    assert [len(branches) for branches in found.values()] == [1, 3, 4, 1]
+    raised = replace(sampling, audio_attention=1.3)
+    for sigma, branches in found.items():
+        assert guidance.branches_of(raised, sigma) == tuple(branch._replace(audio_gain=1.3) for branch in branches)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"frame_scale": 0.5}, "sampling.frame_scale is 0.5; it must be at least 1"),
+        ({"audio_attention": -1.0}, "sampling.audio_attention is -1.0; it must be at least 0"),
+        ({"frame_guided": (0.9, 0.2)}, r"sampling.frame_guided is \(0.9, 0.2\); give two noise levels"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        replace(demo.tiny().sampling, **fields)
 
 
 @pytest.mark.parametrize("length, overlap", [(21, 5), (21, 10), (11, 2), (7, 5), (6, 4)])

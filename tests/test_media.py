@@ -17,6 +17,7 @@ import soundfile
 from PIL import Image, ImageCms
 
 from kavatar_jax.media import audio, faces, image, video
+from kavatar_jax.media.wear import CONTRAST, SATURATION, TINT, wear
 from kavatar_jax.types import SAMPLE_RATE, Speech
 from tools.reference.synthetic_weights import Fixture
 
@@ -393,6 +394,20 @@ def test_sizes_that_are_no_multiple_of_16(tmp_path):
     assert image.fit_size(832, 480) == (832, 480) and image.fit_size(1, 1080) == (16, 1088)
     with pytest.raises(ValueError, match="nearest is 16x16"):
         image.check_size(0, -5)
+
+
+def test_a_worn_picture_has_every_fault_of_drift():
+    grey = np.full((64, 128, 3), 128, np.uint8)
+    np.testing.assert_array_equal(wear(grey), grey.astype(int) + TINT)  # nothing else to wear
+    halves = grey.copy()
+    halves[:, :64], halves[:, 64:] = (110, 90, 90), (150, 170, 170)
+    worn = wear(halves).astype(int) - TINT
+    left, right = worn[32, 0], worn[32, -1]
+    assert (right - left).mean() > CONTRAST * 60  # between the halves' means there were 67 levels
+    assert left[0] - left[1] >= int(20 * SATURATION) and right[1] - right[0] >= int(20 * SATURATION)
+    edge = np.diff(worn[32, :, 1])
+    assert (edge >= 0).all() and np.count_nonzero(edge) > 3  # where there was one step
+    assert (wear(np.zeros((8, 8, 3), np.uint8)) == (TINT[0], 0, 0)).all()  # no wrapping around
 
 
 def test_bicubic_weights_worked_by_hand():

@@ -117,6 +117,28 @@ def test_an_adapter_without_a_part_has_none_of_its_parameters(name):
     assert differs(latents=-inputs.latents) == parts.get("looking", True)
 
 
+def test_raised_attention_to_audio_is_raised_values(tiny):
+    """Attention is linear in its values: to multiply what it gives is to multiply these, with their bias."""
+    config, params = tiny
+    attention = params["blocks"]["cross_attn"]
+    values = attention["v_audio"] | {"bias": 0.1 + attention["v_audio"]["bias"]}
+
+    def with_values(factor):
+        raised = attention | {"v_audio": jax.tree.map(lambda leaf: factor * leaf, values)}
+        return params | {"blocks": params["blocks"] | {"cross_attn": raised}}
+
+    inputs = make_inputs(config)
+    gained = inputs._replace(audio_gain=jnp.array([1.0, 1.5]))
+    plain, raised = (velocity(config, with_values(factor), inputs) for factor in (1.0, 1.5))
+    each, tolerance = velocity(config, with_values(1.0), gained), 1e-5 * np.abs(plain).max()
+    np.testing.assert_allclose(each[0], plain[0], atol=tolerance)
+    np.testing.assert_allclose(each[1], raised[1], atol=tolerance)
+    assert np.abs(raised - plain)[1].max() > 100 * tolerance
+
+    half = dataclasses.replace(config, dtype="bfloat16")  # blocks whose type changed could not be scanned
+    assert jax.eval_shape(functools.partial(velocity, half), params, gained).shape == plain.shape
+
+
 def test_an_untrained_director_changes_nothing(tiny):
     config, params = tiny
     directed = dataclasses.replace(config, director_width=20)

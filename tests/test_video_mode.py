@@ -17,6 +17,7 @@ from kavatar_jax.checkpoint.weights import save_component
 from kavatar_jax.config import load_config, set_fields
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.video import probe
+from kavatar_jax.media.wear import wear
 from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import Scene, silent
@@ -106,6 +107,17 @@ def test_the_film_follows_seed_words_and_pictures(weights, config):
         assert np.abs(latents - film(config, weights, dataclasses.replace(scene, **change))).max() > 1e-3, change
 
 
+@pytest.mark.parametrize("config", TINY[1:], ids=lambda config: config.name)
+def test_the_negative_frame_of_a_film_wears_all_of_its_pictures(weights, config):
+    scene, guided = make_scene(config), set_fields(config, ["sampling.frame_scale=1.5"])
+    pictures = {name: wear(getattr(scene, name)) for name in ("first", "last") if getattr(scene, name) is not None}
+    shared = tell_scene(scene, weights[config.name], guided, silent)[2]
+    worn = tell_scene(dataclasses.replace(scene, **pictures), weights[config.name], config, silent)[2]
+    np.testing.assert_array_equal(shared.worn.image, worn.image)
+    np.testing.assert_array_equal(shared.worn.condition, worn.condition)
+    assert worn.worn is None and np.abs(film(guided, weights, scene) - film(config, weights, scene)).max() > 1e-3
+
+
 @pytest.mark.parametrize("solver", ["euler", "dpm++"])
 def test_solvers_end_near_one_another(weights, solver):
     config = set_fields(TINY[0], ["sampling.steps=12", "sampling.text_scale=2"])
@@ -181,3 +193,5 @@ def test_what_the_mode_cannot_do(files):
     assert "is for --mode video" in bad(files, mode="single", frames=9, config="demo:tiny")
     assert "is for --mode video" in bad(files, mode="cascade", last_frame=last, config="demo:tiny")
     assert "does not listen" in bad(files, mode="single")
+    assert "nobody speaks: leave it at 1" in bad(files, set="sampling.audio_attention=2", **words)
+    assert "there is no picture" in bad(files, set="sampling.frame_scale=2", **words)

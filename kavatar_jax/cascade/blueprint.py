@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Denoise, Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.denoise import Denoise, Pictures, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import shot_at, to_signed
 from kavatar_jax.cascade.hear import hear, plan_latents, spans_of_windows
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion.windows import Windows, slot_bucket
 from kavatar_jax.media.image import fit_size, resize
+from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.dit import frames_held
 from kavatar_jax.types import Blueprint, Conditions, Report
+
+View = dict[int, np.ndarray]  # frame number -> the picture that is given there, (H, W, 3) uint8
 
 
 def draw_blueprint(
@@ -39,7 +42,7 @@ def tell_windows(conditions: Conditions, weights: Weights, config: Config) -> tu
     told = tell(conditions, windows.starts, conditions.speech, spans, weights, config)
     if windows.short_end:
         told = told._replace(frames=np.maximum(windows.valid, 1).astype(np.int32))
-    return windows, told, share(conditions, weights, config)
+    return windows, told, share(conditions, [{0: conditions.portrait}], weights, config)
 
 
 def tell(
@@ -59,10 +62,17 @@ def tell(
     )
 
 
-def share(conditions: Conditions, weights: Weights, config: Config) -> Shared:
-    """What all windows of a performance read and see."""
-    view = see([{0: conditions.portrait}], weights, config)
-    return Shared(conditions.texts, conditions.face, view, conditions.director)
+def share(conditions: Conditions, views: list[View], weights: Weights, config: Config) -> Shared:
+    """What all windows of a performance read, and what they see of these views."""
+    worn = None
+    if conditions.worn_face is not None:
+        worn = Pictures(conditions.worn_face, see([wear_down(view) for view in views], weights, config))
+    return Shared(conditions.texts, conditions.face, see(views, weights, config), conditions.director, worn)
+
+
+def wear_down(view: View) -> View:
+    """Every picture worn, for the branch that guidance leads away from."""
+    return {frame: wear(image) for frame, image in view.items()}
 
 
 def at_blueprint_size(config: Config) -> Config:
@@ -92,7 +102,7 @@ def plan_windows(samples: int, config: Config) -> Windows:
     return dataclasses.replace(windows, slots=slots)
 
 
-def see(views: list[dict[int, np.ndarray]], weights: Weights, config: Config) -> np.ndarray:
+def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
     """What windows are shown: for each view, given images at given frames, (n, T, h, w, 4 + C) float32.
 
     Four channels of mask say which of a latent frame's four video frames are given; then come the latents of a video

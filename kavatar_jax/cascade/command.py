@@ -125,6 +125,7 @@ def choose_config(order: Order) -> Config:
     elif order.loras:
         raise ValueError(f"--lora {order.loras[0]} is for weights that have been trained; give --weights DIR too")
     _check_network(order, config)
+    _check_guidance(order, config)
     return config
 
 
@@ -254,6 +255,17 @@ def _check_network(order: Order, config: Config) -> None:
         raise ValueError(
             f"{name} makes a video from {KINDS[wanted]}, and {KINDS[given]} is given; that is for models such as "
             f"{PLAIN_CONFIGS[given]}"
+        )
+
+
+def _check_guidance(order: Order, config: Config) -> None:
+    """ValueError for guidance that a plain video has nothing to be led by."""
+    sampling = config.sampling
+    if order.mode == "video" and sampling.audio_attention != 1:
+        raise ValueError(f"sampling.audio_attention is {sampling.audio_attention:g}, and nobody speaks: leave it at 1")
+    if order.mode == "video" and sampling.frame_scale != 1 and not _pictures_given(order):
+        raise ValueError(
+            f"sampling.frame_scale is {sampling.frame_scale:g}, and there is no picture: leave it at 1, or give --portrait"
         )
 
 

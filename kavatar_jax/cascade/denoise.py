@@ -39,17 +39,26 @@ class Told(NamedTuple):
     frames: jax.Array | None
 
 
+class Pictures(NamedTuple):
+    """What windows see. image: (1, L, D); condition: (N, T, h, w, 20); None where the transformer is not told of them."""
+
+    image: Any
+    condition: Any
+
+
 class Shared(NamedTuple):
     """What windows have in common. text: (N, L, D); image: (1, L, D); condition: (N, T, h, w, 20); director: (1, L, D).
 
-    All but the text are None where the transformer is not told of them. Where the windows of a group are of several videos,
-    image and director have a row for each window.
+    All but the text are None where the transformer is not told of them. worn: image and condition as they are where the
+    pictures have suffered, None where no branch asks for it. Where the windows of a group are of several videos, image and
+    director have a row for each window.
     """
 
     text: jax.Array
     image: Any
     condition: Any
     director: jax.Array | None
+    worn: Pictures | None = None
 
 
 class Denoise(Protocol):
@@ -111,6 +120,8 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
     positive = jnp.asarray([branch.positive for branch in branches])
     heard = jnp.asarray([branch.heard for branch in branches])
     silent = np.array([branch.silent for branch in branches])
+    worn = np.array([branch.worn for branch in branches])
+    gains = np.array([branch.audio_gain for branch in branches], np.float32)
     text = jnp.where(positive, told.prompt[:, None], told.negative[:, None]).reshape(-1)
 
     def per_branch(leaf):
@@ -119,20 +130,30 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
     def for_all(leaf):
         return None if leaf is None else per_branch(jnp.broadcast_to(leaf, (G, *leaf.shape[1:])))
 
-    speech = per_branch(told.speech)
+    def in_some(chosen, leaf, other):
+        return jnp.where(np.tile(chosen, G).reshape(-1, *[1] * (leaf.ndim - 1)), other, leaf)
+
+    def seen(pictures):
+        condition = None if pictures.condition is None else per_branch(pictures.condition[told.view])
+        return Pictures(for_all(pictures.image), condition)
+
+    speech, pictures = per_branch(told.speech), seen(shared)
     if silent.any():
-        speech = jnp.where(np.tile(silent, G)[:, None, None], 0, speech)
+        speech = in_some(silent, speech, 0)
+    if worn.any():
+        pictures = jax.tree.map(functools.partial(in_some, worn), pictures, seen(shared.worn))
     inputs = Inputs(
         latents=per_branch(x),
         timestep=per_branch(jnp.broadcast_to(timestep, (G,))),
         text=shared.text[text],
-        condition=None if shared.condition is None else per_branch(shared.condition[told.view]),
-        image=for_all(shared.image),
+        condition=pictures.condition,
+        image=pictures.image,
         speech=speech,
         slices=per_branch(told.slices),
         heard=jnp.tile(heard, G),
         director=for_all(shared.director),
         frames=per_branch(told.frames),
+        audio_gain=jnp.tile(gains, G) if (gains != 1).any() else None,
     )
     velocity = DiT(config).apply({"params": params}, inputs).velocity
     return jnp.moveaxis(velocity.reshape(G, n, *x.shape[1:]), 1, 0)

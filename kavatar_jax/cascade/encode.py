@@ -8,6 +8,7 @@ import numpy as np
 from kavatar_jax.cascade.hear import plan_latents
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
+from kavatar_jax.media.wear import wear
 from kavatar_jax.models import clip, umt5
 from kavatar_jax.types import Conditions, Report, Request, Storyline
 
@@ -18,6 +19,7 @@ def encode(request: Request, storyline: Storyline, weights: Weights, config: Con
     unique = list(dict.fromkeys(prompts + negatives))
     row = {text: i for i, text in enumerate(unique)}
     face = look_at(request.portrait, weights, config)
+    worn = look_at(wear(request.portrait), weights, config) if config.sampling.frame_scale != 1 else None
     frames, _ = plan_latents(len(request.speech.samples), config.fps, config.sampling)
     return Conditions(
         frames=frames,
@@ -32,6 +34,7 @@ def encode(request: Request, storyline: Storyline, weights: Weights, config: Con
         portrait=request.portrait,
         speech=request.speech.samples,
         director=None if storyline.hidden is None else storyline.hidden[None],
+        worn_face=None if worn is None else np.asarray(worn.tokens),
     )
 
 

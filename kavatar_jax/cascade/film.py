@@ -6,8 +6,8 @@ Source: Wan-Video/Wan2.1, wan/text2video.py, wan/image2video.py and wan/first_la
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.blueprint import see
-from kavatar_jax.cascade.denoise import Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.blueprint import View, see, wear_down
+from kavatar_jax.cascade.denoise import Pictures, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import encode_texts, look_at
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config, DiTConfig
@@ -38,12 +38,9 @@ def tell_scene(scene: Scene, weights: Weights, config: Config, report: Report) -
     told = Told(speech=None, slices=None, prompt=first, negative=first + 1, view=first, frames=None)
     frames = {0: scene.first, sampling.window_frames - 1: scene.last}
     given = {number: image for number, image in frames.items() if image is not None}
-    tokens = condition = None
-    if given:
-        condition = see([given], weights, config)
-    if config.dit.image_width is not None:
-        tokens = jnp.concatenate([look_at(image, weights, config).tokens for image in given.values()], axis=1)
-    return windows, told, Shared(text=texts, image=tokens, condition=condition, director=None)
+    pictures = _show(given, weights, config)
+    worn = _show(wear_down(given), weights, config) if sampling.frame_scale != 1 else None
+    return windows, told, Shared(texts, pictures.image, pictures.condition, director=None, worn=worn)
 
 
 def pictures_wanted(config: DiTConfig) -> int:
@@ -51,3 +48,10 @@ def pictures_wanted(config: DiTConfig) -> int:
     if config.in_channels == config.out_channels:
         return 0
     return 2 if config.image_positions else 1
+
+
+def _show(given: View, weights: Weights, config: Config) -> Pictures:
+    tokens = None
+    if config.dit.image_width is not None:
+        tokens = jnp.concatenate([look_at(image, weights, config).tokens for image in given.values()], axis=1)
+    return Pictures(tokens, see([given], weights, config) if given else None)

@@ -62,7 +62,7 @@ def perform(
     stride = sampling.window_latents - sampling.overlap
     wave = Wave(length=sampling.window_latents, stride=stride, group=group, levels=sampling.steps)
     ramp = overlap_ramp(sampling.overlap, sampling.fusion)
-    shared = jax.device_put(share(conditions, weights, config), replicated(mesh))
+    shared = jax.device_put(share(conditions, [{0: conditions.portrait}], weights, config), replicated(mesh))
     levels: list[Level] = []
     for front, told, count in _rounds(_listen(conditions, speech, weights, config, wave), wave):
         block = begin(jax.device_put(_noise(conditions.seed, front, wave, config), batch_sharding(mesh)), plan)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kavatar_jax.cascade.blueprint import see
-from kavatar_jax.cascade.denoise import Denoise, Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.blueprint import share
+from kavatar_jax.cascade.denoise import Denoise, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import shot_at
 from kavatar_jax.cascade.hear import hear, spans_of_frames
 from kavatar_jax.cascade.weights import Weights
@@ -39,7 +39,7 @@ def render_subclips(
         view=clips.astype(np.int32),
         frames=None,
     )
-    shared = Shared(conditions.texts, conditions.face, see(views, weights, config), conditions.director)
+    shared = share(conditions, views, weights, config)
     seed = conditions.seed + 1  # other noise than the blueprint's
     latents = denoise(
         weights.dit, draw_noise(seed, windows, config), told, shared, windows, config.dit, sampling,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Shared, Told, guided_velocity, step_weights
+from kavatar_jax.cascade.denoise import Pictures, Shared, Told, guided_velocity, step_weights
 from kavatar_jax.config import DiTConfig, SamplingConfig
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.guidance import Branch
@@ -34,7 +34,8 @@ class Window(NamedTuple):
     """One window at one noise level and all that it is told, or a group of G of them with a leading axis.
 
     x: (T, h, w, C); speech: (L, D); slices: (T, A); frames: (); prompt, negative: (L, D) encoded words;
-    condition: (T, h, w, 20); image, director: (L, D); each None where the transformer is not told of it
+    condition: (T, h, w, 20); image, director: (L, D); worn: condition and image where the pictures have suffered; each None
+    where the transformer is not told of it
     """
 
     x: Any
@@ -47,6 +48,7 @@ class Window(NamedTuple):
     condition: Any
     image: Any
     director: Any
+    worn: Pictures | None
 
 
 class Together:
@@ -206,7 +208,7 @@ def _velocities(params, group: Window, *, config: DiTConfig, branches: tuple[Bra
     each = jnp.arange(len(group.x))
     told = Told(group.speech, group.slices, prompt=each, negative=each + len(group.x), view=each, frames=group.frames)
     text = jnp.concatenate([group.prompt, group.negative])
-    shared = Shared(text, group.image, group.condition, group.director)
+    shared = Shared(text, group.image, group.condition, group.director, group.worn)
     return guided_velocity(params, group.move, shared, config, branches, group.x, told)
 
 
@@ -220,6 +222,8 @@ def _single(move: Move) -> Move:
 
 
 def _window(x: np.ndarray, move: Move, told: Told, shared: Shared, k: int) -> Window:
+    worn = shared.worn
+
     def of(rows, row=k):
         return None if rows is None else np.asarray(rows[row])
 
@@ -227,4 +231,5 @@ def _window(x: np.ndarray, move: Move, told: Told, shared: Shared, k: int) -> Wi
         x=x[k], move=move, speech=of(told.speech), slices=of(told.slices), frames=of(told.frames),
         prompt=of(shared.text, told.prompt[k]), negative=of(shared.text, told.negative[k]),
         condition=of(shared.condition, told.view[k]), image=of(shared.image, 0), director=of(shared.director, 0),
+        worn=worn and Pictures(of(worn.image, 0), of(worn.condition, told.view[k])),
     )  # fmt: skip

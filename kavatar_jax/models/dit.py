@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
     condition: (B, T, H, W, 20), 4 mask channels and 16 of the image latent; image: (B, 257 or 514, image_width)
     speech: (B, L, speech_width); slices: (B, T, A) into its rows; heard: (B,) bool, False zeroes the refined audio
     director: (B, L, director_width); frames: (B,) how many of the T latent frames are real, None for all
+    audio_gain: (B,) what the blocks' attention to audio is multiplied by, None for one
     """
 
     latents: jax.Array
@@ -55,12 +56,13 @@ class Inputs(NamedTuple):
     heard: jax.Array | None = None
     director: jax.Array | None = None
     frames: jax.Array | None = None
+    audio_gain: jax.Array | None = None
 
 
 class Context(NamedTuple):
     """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all.
 
-    pack: (B, T, D) what each latent frame hears, added to its tokens.
+    pack: (B, T, D) what each latent frame hears, added to its tokens; audio_gain: (B,) or None.
     """
 
     modulation: jax.Array
@@ -71,6 +73,7 @@ class Context(NamedTuple):
     audio_keys: jax.Array | None
     director: jax.Array | None
     pack: jax.Array | None = None
+    audio_gain: jax.Array | None = None
 
 
 class Outputs(NamedTuple):
@@ -121,7 +124,7 @@ class DiT(nn.Module):
         time, modulation, text, image, audio, director, pack = jax.tree.map(
             _clips_apart, (time, modulation, text, image, audio, director, pack)
         )
-        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director, pack)
+        context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director, pack, inputs.audio_gain)
 
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
         blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
@@ -218,7 +221,10 @@ class CrossAttention(nn.Module):
             h = h + attend_to(context.image, project("k_image", "norm_k_image"), project("v_image"))
         h = h.reshape(x_BSD.shape)
         if context.audio is not None:  # no norm on these keys, as released
-            h = h + self._listen(q_BSD, project("k_audio")(context.audio), project("v_audio")(context.audio), context)
+            heard = self._listen(q_BSD, project("k_audio")(context.audio), project("v_audio")(context.audio), context)
+            if context.audio_gain is not None:  # scaling the values would be the same
+                heard = (heard * context.audio_gain[:, None, None]).astype(c.dtype)
+            h = h + heard
         return Linear(c.width, c.dtype, c.param_dtype, name="o")(h)
 
     def _listen(self, q_BSD, k_BTAD, v_BTAD, context: Context):

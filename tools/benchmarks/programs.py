@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kavatar_jax.cascade.denoise import Shared, Told, group_size, step
+from kavatar_jax.cascade.denoise import Pictures, Shared, Told, group_size, step
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.solver import History, plan_of
@@ -55,12 +55,13 @@ def denoise(config: Config, count: int | None) -> Program:
         slices=_given(batch, W, T, places, dtype=jnp.int32),
         prompt=number, negative=number, view=number, frames=None,
     )  # fmt: skip
-    shared = Shared(
-        text=_given(everywhere, 2, net.text_length, net.text_width),
+    pictures = Pictures(
         image=None if net.image_width is None else _given(everywhere, 1, seen, net.image_width),
         condition=_given(everywhere, 1, *latent, net.in_channels - net.out_channels),
-        director=None,
     )
+    text = _given(everywhere, 2, net.text_length, net.text_width)
+    worn = pictures if sampling.frame_scale != 1 else None
+    shared = Shared(text=text, image=pictures.image, condition=pictures.condition, director=None, worn=worn)
     history = History(_given(batch, W, *latent, net.out_channels), None, None, None)
     move = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, np.float32), plan_of(sampling).moves[0])
     branches = guidance.branches_of(sampling)
