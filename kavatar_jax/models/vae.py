@@ -240,7 +240,8 @@ def _decode_chunk(params, latents_BTHWC, state, *, config, pixels):
     frames = frames.astype(jnp.float32)
     if pixels == "uint8":
         frames = jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-    frames = constrain(frames, None, None, None, None, None)  # whole on every host, for whoever fetches them
+    # whole on every host, for whoever fetches them, but not before they are finished
+    frames = constrain(spread(frames), None, None, None, None, None)
     return frames, jax.tree.map(_keep, state)  # laid out the same after every chunk, or the next compiles anew
 
 
