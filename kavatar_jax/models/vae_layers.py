@@ -22,6 +22,7 @@ def layout(clips: int) -> tuple[str | None, ...]:
 
 
 def spread(x_BFHWC):
+    """Pictures inside a program, laid out as above; columns that do not divide lie in parts of unequal size."""
     return constrain(x_BFHWC, *layout(len(x_BFHWC)), padded=len(x_BFHWC) == 1)
 
 
