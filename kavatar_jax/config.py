@@ -48,6 +48,7 @@ class DiTConfig:
     gain that the noise level and the token decide: a network narrower than its latents need not carry their finer parts
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
+    quantised: "int8" or "fp8" for products of 8-bit numbers in the linears of the blocks, for inference; "" for none
     """
 
     width: int
@@ -67,6 +68,7 @@ class DiTConfig:
     predicts: str = "velocity"
     skip: bool = False
     reference: str = "first"
+    quantised: str = ""
     remat: str = "nothing_saveable"
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -74,6 +76,7 @@ class DiTConfig:
     def __post_init__(self):
         _one_of("dit.predicts", self.predicts, ("velocity", "clean", "change"))
         _one_of("dit.reference", self.reference, ("first", "every"))
+        _one_of("dit.quantised", self.quantised, ("", "int8", "fp8"))
         if self.skip and self.predicts == "velocity":
             raise ValueError("dit.skip is for predicts=clean and change; a velocity contains what is noisy already")
 
@@ -186,6 +189,7 @@ class SamplingConfig:
     solver: "euler", or Wan2.1's "unipc" and "dpm++"
     shift: time shift of the flow-matching schedule; double_shift applies it twice, as the released sampler of StableAvatar
     does, which is Euler's
+    spacing: of Euler's noise levels before the shift, "linspace", or "trailing" for networks distilled to few steps
     text_scale, audio_scale: the two scales of three-branch guidance
     guided: lowest and highest noise level at which there is guidance; at others the prompt and the speech alone are told
     native: the two weights of audio native guidance, which takes the place of three-branch guidance unless both are 0
@@ -216,9 +220,13 @@ class SamplingConfig:
     frame_guided: tuple[float, float] = (0.0, 1.0)
     audio_attention: float = 1.0
     solver: str = "euler"
+    spacing: str = "linspace"
 
     def __post_init__(self):
         _one_of("sampling.solver", self.solver, ("euler", "unipc", "dpm++"))
+        _one_of("sampling.spacing", self.spacing, ("linspace", "trailing"))
+        if self.spacing == "trailing" and (self.double_shift or self.solver != "euler"):
+            raise ValueError("sampling.spacing=trailing is for solver=euler with double_shift=false")
         _one_of("sampling.fusion", self.fusion, ("log", "uniform", "fixed", "none"))
         _one_of("sampling.indexing", self.indexing, ("exact", "released"))
         _at_least("sampling.steps", self.steps, 1)
@@ -365,7 +373,7 @@ def _replace(config: Any, path: list[str], value: Any, assignment: str) -> Any:
 
 def _one_of(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choice or repr('') for choice in choices)}")
 
 
 def _at_least(name, value, least):

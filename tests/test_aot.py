@@ -4,6 +4,7 @@ Needs libtpu (the extra `aot`). It is asked in a process of its own, because it 
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,32 @@ def test_every_chip_has_room_for_its_blocks(topology, tokens):
     assert run.returncode == 0, run.stderr[-3000:]
     # no logits: what is kept beside the result is of the tokens' size
     assert int(run.stdout) < 16 * tokens * 128
+
+
+PRODUCT = """
+import jax, jax.numpy as jnp
+from kavatar_jax.nn.quantised import quantised_matmul
+from kavatar_jax.parallel.mesh import make_mesh
+from tools.benchmarks.aot import absent_devices
+devices = absent_devices("{topology}")
+with jax.set_mesh(make_mesh(1, devices=devices[:1])):
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 1536), (1536, 1536)))
+    traced = jax.jit(quantised_matmul, static_argnums=2).trace(x, kernel, "{form}")
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+print(text)
+"""
+
+
+@pytest.mark.parametrize(("form", "total"), [("int8", "s32"), ("fp8", "f32")])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_quantised_products_are_of_8_bits(topology, form, total):
+    command = [sys.executable, "-c", PRODUCT.format(topology=topology, form=form)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    operations = {name: kind for name, kind in re.findall(r"%([\w.\-]+) = (\w+)\[", run.stdout)}
+    [product] = re.findall(r"%([\w.\-]+) = .* convolution\(%([\w.\-]+), %([\w.\-]+)\)", run.stdout)
+    operands = "s8" if form == "int8" else "f8e4m3fn"
+    assert [operations[name] for name in product] == [total, operands, operands]
 
 
 def test_a_slice_that_does_not_exist_is_refused():

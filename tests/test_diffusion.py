@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from configs import demo
+from configs import demo, stableavatar
 from kavatar_jax.diffusion import guidance, solver
 from kavatar_jax.diffusion.flow import (
     add_noise,
@@ -40,6 +40,16 @@ def test_schedules():
     once = sampling_sigmas(4, 3.0, double_shift=False)
     np.testing.assert_allclose(once[3], time_shift(0.001, 3.0), atol=1e-7)
     assert (np.diff(once) < 0).all()
+
+
+def test_levels_of_networks_distilled_to_four_steps():
+    """Timesteps 1000, 750, 500 and 250, shifted by 5: those of LightX2V's distilled Wan2.1 and of Wan2.2-Lightning."""
+    sampling = replace(stableavatar.config().sampling, steps=4, shift=5.0, double_shift=False, spacing="trailing")
+    plan = solver.plan_of(sampling)
+    np.testing.assert_allclose(plan.timesteps, [1000, 937.5, 5000 / 6, 625], rtol=1e-6)
+    np.testing.assert_allclose(plan.sigmas, [1, 15 / 16, 5 / 6, 5 / 8, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="double_shift=false"):
+        replace(sampling, double_shift=True)
 
 
 def test_euler_is_exact_on_straight_paths():

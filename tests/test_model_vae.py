@@ -12,8 +12,9 @@ from kavatar_jax.checkpoint.bridge import flatten, reference_shapes, to_kavatar,
 from kavatar_jax.config import VAEConfig
 from kavatar_jax.models import vae, vae_layers
 from kavatar_jax.parallel import mesh
-from kavatar_jax.parallel.sharding import partition
+from kavatar_jax.parallel.sharding import partition, replicated
 from tools import reference
+from tools.benchmarks.hlo import cost_of
 from tools.reference import vae as parity
 from tools.reference.synthetic_weights import Fixture
 
@@ -232,16 +233,37 @@ def test_same_numbers_on_a_mesh(small):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_streaming_on_a_mesh_takes_two_programs(small):
-    latents = np.random.default_rng(11).standard_normal((5, 4, 6, 4)).astype(np.float32)
+@pytest.mark.parametrize(("sizes", "columns"), [((8, 1, 1, 1), 8), ((2, 2, 2, 1), 6), ((8, 1, 1, 1), 11)])
+def test_a_video_is_decoded_by_all_devices(small, sizes, columns):
+    """Also where columns do not divide: the first has one on every device, the others lie in parts of unequal size."""
+    latents = np.random.default_rng(11).standard_normal((5, 4, columns, 4)).astype(np.float32)
     alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
-    devices = mesh.make_mesh(2, 2, 2, 1)
+    devices = mesh.make_mesh(*sizes)
     vae._decode_chunk.clear_cache()
     with jax.set_mesh(devices):
         placed = jax.device_put(small, partition(small, vae.AXES, devices))
         spread = np.concatenate(list(vae.decode_stream(placed, latents, TWO_LEVELS, pixels="float32")))
         assert vae._decode_chunk._cache_size() == 2
     np.testing.assert_allclose(spread, alone, atol=1e-5)
+
+
+def test_each_device_decodes_its_share_of_a_video(small):
+    alone, spread = decoding_cost(small, 1), decoding_cost(small, 8)
+    assert spread.products == pytest.approx(alone.products / 8, rel=0.03)
+    # keys and values of one frame at the latents' size, and the finished pixels: everything else stays where it is
+    assert set(spread.sent) == {"collective-permute", "all-gather"}
+    keys, pixels = 2 * 17 * 16 * 12 * 4, 2 * 34 * 32 * 3
+    assert spread.sent["all-gather"] == (keys + pixels) * 7 / 8
+
+
+def decoding_cost(params, devices: int):
+    """Of a frame of 17 x 16 latents in the middle of a video: queries enough for the kernel's way over the mesh."""
+    grid = mesh.make_mesh(devices, devices=jax.devices()[:devices])
+    with jax.set_mesh(grid):
+        params, piece = jax.device_put((params, jnp.zeros((1, 1, 17, 16, 4))), replicated(grid))
+        state = vae._decode_chunk(params, piece, None, config=TWO_LEVELS, pixels="uint8")[1]
+        lowered = vae._decode_chunk.lower(params, piece, state, config=TWO_LEVELS, pixels="uint8")
+        return cost_of(lowered.compile().as_text())
 
 
 def test_channel_norm_is_a_length():

@@ -13,12 +13,16 @@ def time_shift(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sampling_sigmas(steps: int, shift: float, *, double_shift: bool) -> np.ndarray:
+def sampling_sigmas(steps: int, shift: float, *, double_shift: bool, spacing: str = "linspace") -> np.ndarray:
     """Noise levels of a sampler from 1 down to 0: (steps + 1,) float32.
 
+    spacing: of the levels before the shift, as diffusers calls it. "linspace" from 1 to the smallest level of training,
+    whose last step hardly moves; "trailing" in equal steps to 0, where networks distilled to few steps were trained.
     double_shift is what diffusers 0.30's FlowMatchEulerDiscreteScheduler does for StableAvatar: the smallest level is
     already shifted when the grid is laid, and the whole grid is shifted again.
     """
+    if spacing == "trailing":
+        return time_shift(np.linspace(1, 0, steps + 1), shift).astype(np.float32)
     last = 1 / TRAIN_STEPS
     grid = np.linspace(1, time_shift(last, shift) if double_shift else last, steps)
     return np.append(time_shift(grid, shift), 0).astype(np.float32)

@@ -53,7 +53,8 @@ class History(NamedTuple):
 def plan_of(sampling: SamplingConfig) -> Plan:
     """The schedule and the solver that a run's config asks for."""
     if sampling.solver == "euler":
-        return euler_plan(sampling_sigmas(sampling.steps, sampling.shift, double_shift=sampling.double_shift))
+        levels = {"double_shift": sampling.double_shift, "spacing": sampling.spacing}
+        return euler_plan(sampling_sigmas(sampling.steps, sampling.shift, **levels))
     return {"unipc": unipc, "dpm++": dpm_solver}[sampling.solver](sampling.steps, sampling.shift)
 
 

@@ -18,7 +18,7 @@ from kavatar_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig, Wav
 from kavatar_jax.models import clip, dit, umt5, vae, wav2vec2, whisper
 from kavatar_jax.types import Params
 
-RUN_FIELDS = ("dtype", "param_dtype", "remat")  # of a network's config: how it is run, not what it is
+RUN_FIELDS = ("dtype", "param_dtype", "remat", "quantised")  # of a network's config: how it is run, not what it is
 
 
 class Component(NamedTuple):

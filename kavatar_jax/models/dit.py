@@ -164,8 +164,9 @@ class Block(nn.Module):
         x_BSD = x_BSD + CrossAttention(c, self.clip_level, name="cross_attn")(h, context)
 
         h = (layer_norm(x_BSD, 1e-6) * (1 + scale_mlp) + shift_mlp).astype(c.dtype)
-        h = constrain(gelu_tanh(Linear(c.mlp, c.dtype, c.param_dtype, name="up")(h)), "batch", "tokens", "mlp")
-        h = Linear(c.width, c.dtype, c.param_dtype, name="down")(h)
+        h = gelu_tanh(Linear(c.mlp, c.dtype, c.param_dtype, quantised=c.quantised, name="up")(h))
+        h = constrain(h, "batch", "tokens", "mlp")
+        h = Linear(c.width, c.dtype, c.param_dtype, quantised=c.quantised, name="down")(h)
         return constrain((x_BSD + h * gate_mlp).astype(c.dtype), "batch", "tokens", None), None
 
     def _hear(self, x_BSD, pack_BTD):
@@ -181,11 +182,11 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BSD, rope_tables):
         c = self.config
-        q, k, v = (Linear(c.width, c.dtype, c.param_dtype, name=name)(x_BSD) for name in "qkv")
+        q, k, v = (Linear(c.width, c.dtype, c.param_dtype, quantised=c.quantised, name=name)(x_BSD) for name in "qkv")
         q, k = (RMSNorm(1e-6, c.dtype, c.param_dtype, name=f"norm_{name}")(x) for name, x in (("q", q), ("k", k)))
         q, k, v = (constrain(split_heads(x, c), "batch", "tokens", "heads", None) for x in (q, k, v))
         h = attend(rotate(q, *rope_tables), rotate(k, *rope_tables), v)
-        return Linear(c.width, c.dtype, c.param_dtype, name="o")(h.reshape(x_BSD.shape))
+        return Linear(c.width, c.dtype, c.param_dtype, quantised=c.quantised, name="o")(h.reshape(x_BSD.shape))
 
 
 class CrossAttention(nn.Module):
@@ -200,7 +201,7 @@ class CrossAttention(nn.Module):
 
         def project(name, norm=None):
             start = nn.initializers.zeros if name == "v_audio" else nn.initializers.lecun_normal()
-            linear = Linear(c.width, c.dtype, c.param_dtype, init=start, name=name)
+            linear = Linear(c.width, c.dtype, c.param_dtype, init=start, quantised=c.quantised, name=name)
             scale = RMSNorm(1e-6, c.dtype, c.param_dtype, name=norm) if norm else lambda h: h
             return lambda source: scale(linear(source))
 
@@ -225,7 +226,7 @@ class CrossAttention(nn.Module):
             if context.audio_gain is not None:  # scaling the values would be the same
                 heard = (heard * context.audio_gain[:, None, None]).astype(c.dtype)
             h = h + heard
-        return Linear(c.width, c.dtype, c.param_dtype, name="o")(h)
+        return Linear(c.width, c.dtype, c.param_dtype, quantised=c.quantised, name="o")(h)
 
     def _listen(self, q_BSD, k_BTAD, v_BTAD, context: Context):
         """Each latent frame hears its own slice; at clip level everything hears everything."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, conv, flatten, parameter_shapes, table, unflatten
 from kavatar_jax.config import VAEConfig
-from kavatar_jax.models.vae_layers import ChannelNorm, Downsample, Middle, ResBlock, Upsample, thread
+from kavatar_jax.models.vae_layers import ChannelNorm, Downsample, Middle, ResBlock, Upsample, layout, spread, thread
 from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.sharding import constrain
@@ -107,12 +107,12 @@ class Encoder(nn.Module):
         c = self.config
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         run, kept = thread(state)
-        x = run(CausalConv(c.width, **types, name="conv_in"), _spread(fold(x_BFHWC, c.patch)))
+        x = run(CausalConv(c.width, **types, name="conv_in"), spread(fold(x_BFHWC, c.patch)))
         for level, multiplier in enumerate(c.multipliers):
             for block in range(c.blocks):
                 x = run(ResBlock(c, c.width * multiplier, name=f"level_{level}_block_{block}"), x)
             if level < len(c.temporal):
-                x = _spread(run(Downsample(c, c.temporal[level], name=f"level_{level}_down"), x))
+                x = run(Downsample(c, c.temporal[level], name=f"level_{level}_down"), x)
         x = run(Middle(c, name="middle"), x)
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
         x = run(CausalConv(2 * c.latent_channels, **types, name="conv_out"), x)
@@ -136,14 +136,14 @@ class Decoder(nn.Module):
         c = self.config
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         run, kept = thread(state)
-        x = Linear(c.latent_channels, **types, name="quant")(_spread(x_BTHWC))
+        x = Linear(c.latent_channels, **types, name="quant")(spread(x_BTHWC))
         x = run(CausalConv(c.width * c.multipliers[-1], **types, name="conv_in"), x)
         x = run(Middle(c, name="middle"), x)
         for level, multiplier in enumerate(reversed(c.multipliers)):
             for block in range(c.blocks + 1):
                 x = run(ResBlock(c, c.width * multiplier, name=f"level_{level}_block_{block}"), x)
             if level < len(c.temporal):
-                x = _spread(run(Upsample(c, c.temporal[-1 - level], name=f"level_{level}_up"), x))
+                x = run(Upsample(c, c.temporal[-1 - level], name=f"level_{level}_up"), x)
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
         frames = unfold(run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x), c.patch)
         if c.bypass:
@@ -240,8 +240,9 @@ def _decode_chunk(params, latents_BTHWC, state, *, config, pixels):
     frames = frames.astype(jnp.float32)
     if pixels == "uint8":
         frames = jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-    frames = constrain(frames, None, None, None, None, None)  # whole on every host, for whoever fetches them
-    return frames, jax.tree.map(_spread, state)  # laid out the same after every chunk, or the next compiles anew
+    # whole on every host, for whoever fetches them, but not before they are finished
+    frames = constrain(spread(frames), None, None, None, None, None)
+    return frames, jax.tree.map(_keep, state)  # laid out the same after every chunk, or the next compiles anew
 
 
 def _regroup(latents, size: int) -> Iterator[tuple[np.ndarray, int, bool]]:
@@ -263,9 +264,8 @@ def _denormalise(latents_BTHWC, config: VAEConfig):
     return latents_BTHWC * np.float32(config.latent_std) + np.float32(config.latent_mean)
 
 
-def _spread(x_BFHWC):
-    """Clips over the batch axes of the mesh, and the columns of each picture where its tokens go."""
-    return constrain(x_BFHWC, "batch", None, None, "tokens", None)
+def _keep(state_BFHWC):
+    return constrain(state_BFHWC, *layout(len(state_BFHWC)))
 
 
 def _check_size(shape, config: VAEConfig):

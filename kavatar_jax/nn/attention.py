@@ -17,19 +17,26 @@ from kavatar_jax.parallel import mesh
 
 SPLASH_BLOCK = 1024  # most tokens of a block of JAX's kernel: what every chip has room for forwards and backwards
 LONG = 128  # fewer queries or keys are not worth a kernel
+LAYOUT = ("batch", "tokens", "heads")  # logical axes of queries
 QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
 HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle,
 HEAD_LOGITS = 1 << 19  # so more queries where keys are few
 
 
-def attend(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float | None = None):
-    """softmax(q k^T * scale + bias) v. scale: 1/sqrt(K) if None. A row whose keys are all masked returns the mean of v."""
+def attend(
+    q_BSNK, k_BLNK, v_BLNK,
+    *, keys_BL=None, bias_NSL=None, scale: float | None = None, layout: tuple[str | None, ...] = LAYOUT,
+):  # fmt: skip
+    """softmax(q k^T * scale + bias) v. scale: 1/sqrt(K) if None. A row whose keys are all masked returns the mean of v.
+
+    layout: logical axes of the queries' first three.
+    """
     scale = q_BSNK.shape[-1] ** -0.5 if scale is None else scale
     kernel = _kernel(q_BSNK, k_BLNK) if bias_NSL is None and keys_BL is None else None
     if kernel is None:
         return attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, keys_BL=keys_BL, bias_NSL=bias_NSL, scale=scale)
     form = Form(*(form and functools.partial(form, scale=scale) for form in kernel))
-    return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK)
+    return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK, layout=layout)
 
 
 def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float, chunk: int = QUERY_CHUNK):

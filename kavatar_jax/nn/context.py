@@ -25,16 +25,17 @@ class Form(NamedTuple):
     part: Callable | None = None
 
 
-def attend_on_mesh(form: Form, q_BSNK, k_BLNK, v_BLNK):
+def attend_on_mesh(form: Form, q_BSNK, k_BLNK, v_BLNK, *, layout: tuple[str | None, ...]):
     """form.whole, by hand on every device. An axis that does not divide is repeated; keys that are not the queries' own
-    tokens are gathered."""
+    tokens, and those of queries that lie over more than the tokens' axis, are gathered."""
     axes = jax.sharding.get_abstract_mesh()
     if axes.empty or axes.size == 1:
         return form.whole(q_BSNK, k_BLNK, v_BLNK)
-    logical = {"queries": ("batch", "tokens", "heads", None), "keys": ("batch", None, "heads", None)}
+    clips, tokens, heads = layout
+    logical = {"queries": (clips, tokens, heads, None), "keys": (clips, None, heads, None)}
     placed = partition({"queries": q_BSNK, "keys": k_BLNK}, logical, axes)
     queries, keys, run = placed["queries"].spec, placed["keys"].spec, form.whole
-    if queries[1] is not None and q_BSNK.shape == k_BLNK.shape:
+    if tokens == "tokens" and queries[1] is not None and q_BSNK.shape == k_BLNK.shape:
         keys, run = queries, functools.partial(_in_context, form, mesh_axis("tokens"), axes.shape[mesh_axis("tokens")])
     spread = jax.shard_map(run, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
     return spread(q_BSNK, k_BLNK, v_BLNK)

@@ -11,22 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kavatar_jax.nn.quantised import quantised_matmul
 from kavatar_jax.parallel import mesh
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis, W (in, out). A `lora` collection holding down, up and scale adds its branch."""
+    """y = x W + b over the last axis, W (in, out). A `lora` collection holding down, up and scale adds its branch.
+
+    quantised: a form of nn/quantised for the product by W, or "" for none
+    """
 
     features: int
     dtype: str
     param_dtype: str
     use_bias: bool = True
     init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    quantised: str = ""
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.init, (x.shape[-1], self.features), self.param_dtype)
-        y = matmul(x, kernel, self.dtype)
+        y = quantised_matmul(x, kernel, self.quantised) if self.quantised else matmul(x, kernel, self.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(jnp.float32)
         if self.has_variable("lora", "down"):

@@ -15,6 +15,7 @@ RULES = {
     None: None,
     "batch": ("data", "fsdp"),
     "tokens": "context",
+    "columns": ("data", "fsdp", "context", "tensor"),
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -35,12 +36,16 @@ def mesh_axis(logical: str) -> str:
     return axis
 
 
-def constrain(x, *logical: str | None):
-    """Pin an activation's layout; without a mesh, or where an axis does not divide, leave that to the compiler."""
+def constrain(x, *logical: str | None, padded: bool = False):
+    """Pin an activation's layout; without a mesh, or where an axis does not divide, leave that to the compiler.
+
+    padded: have it fill up the last parts of what does not divide; a program cannot return arrays that lie so.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _divisible(spec(*logical), x.shape, mesh))
+    wanted = spec(*logical)
+    return jax.lax.with_sharding_constraint(x, wanted if padded else _divisible(wanted, x.shape, mesh))
 
 
 def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:

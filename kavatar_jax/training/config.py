@@ -294,6 +294,10 @@ class TrainConfig:
         for task, source in (("text", "prompts"), ("speech", "voices")):
             if (self.task == task) != (self.data.source == source):
                 raise ValueError(f"the task {task!r} learns from the source {source!r}, and no other does")
+        if self.model.dit.quantised:
+            raise ValueError(
+                f"dit.quantised is {self.model.dit.quantised!r}; rounding has no gradient, so train without it"
+            )
         if self.objective.channels and len(self.objective.channels) != self.model.dit.out_channels:
             raise ValueError(
                 f"objective.channels are {len(self.objective.channels)}, and there are {self.model.dit.out_channels} latent "

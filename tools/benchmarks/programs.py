@@ -18,6 +18,7 @@ from kavatar_jax.diffusion.solver import History, plan_of
 from kavatar_jax.models import dit, vae
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
+from kavatar_jax.models.vae_layers import layout
 from kavatar_jax.parallel.mesh import AXES, current
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, partition, replicated
 from kavatar_jax.training import flops
@@ -80,8 +81,7 @@ def decode(config: Config, count: int | None) -> Program:
     _, h, w = latent_size(1, config.height, config.width, net)
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
     _, state = jax.eval_shape(lambda *x: vae._decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
-    columns = ("batch", None, None, "tokens", None)
-    state = jax.tree.map(lambda leaf: _place(leaf, partition({"x": leaf}, {"x": columns}, mesh)["x"]), state)
+    state = jax.tree.map(lambda leaf: _place(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
     work = flops.decode(net, (count or 1, h, w))
     return Program(vae._decode_chunk.trace(params, later, state, config=net, pixels="uint8"), work, work)

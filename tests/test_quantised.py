@@ -1,0 +1,88 @@
+"""Products of 8-bit numbers: exact where the numbers are, and as near as rounding leaves them elsewhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_model_dit import make_inputs
+
+from configs import demo, train_tiny
+from kavatar_jax.models import dit
+from kavatar_jax.nn import quantised
+from kavatar_jax.nn.layers import Linear
+from kavatar_jax.nn.quantised import FORMS
+
+product = jax.jit(quantised.quantised_matmul, static_argnums=2)
+quantise = jax.jit(quantised.quantise, static_argnums=1, static_argnames="axis")
+
+
+def test_whole_numbers_in_range_are_exact():
+    """Rows and columns whose largest number is 127 have a scale of one."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.integers(-126, 127, (2, 3, 40)), rng.integers(-126, 127, (40, 5))
+    x[..., 7], kernel[9] = 127, -127
+    y = product(x.astype(np.float32), kernel.astype(np.float32), "int8")
+    np.testing.assert_array_equal(y, x @ kernel)
+
+
+def test_each_token_and_each_channel_has_its_own_scale():
+    """One that is thousands of times as large costs the others nothing; powers of two are exact."""
+    rng = np.random.default_rng(1)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 64), (64, 8)))
+    rows, columns = np.float32(2) ** np.arange(0, 24, 4)[:, None], np.float32(2) ** np.arange(-8, 8, 2)
+    scaled = product(x * rows, kernel * columns, "int8")
+    np.testing.assert_array_equal(scaled, product(x, kernel, "int8") * rows * columns)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_come_back(form):
+    """int8: to half a step of the largest's 127th part; fp8: to a 16th of each, three bits of mantissa."""
+    x = np.random.default_rng(2).standard_normal((5, 300)).astype(np.float32)
+    x[3] = 0
+    numbers, scale = quantise(x, form, axis=-1)
+    assert numbers.dtype == FORMS[form].dtype and scale.shape == (5, 1)
+    error, step = np.abs(numbers.astype(jnp.float32) * scale - x), np.abs(x).max(axis=-1, keepdims=True)
+    assert (error <= (step / 254 if form == "int8" else np.abs(x) / 16 + step * 2**-18) * 1.0001).all()
+
+
+@pytest.mark.parametrize(("form", "low", "high"), [("int8", 0.004, 0.012), ("fp8", 0.02, 0.05)])
+def test_error_of_a_product_of_gaussians(form, low, high):
+    """int8: rounded in steps of 3.2 / 127 on both sides, 0.0104 together. fp8: in steps of an eighth of the power of two
+    below each number, 0.033."""
+    rng = np.random.default_rng(3)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((256, 1024), (1024, 256)))
+    error = np.linalg.norm(product(x, kernel, form) - x @ kernel) / np.linalg.norm(x @ kernel)
+    assert low < error < high
+
+
+def test_a_linear_layer_keeps_its_parameters_and_its_bias():
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 7, 32)), jnp.float32)
+    kernel = jax.random.normal(jax.random.key(0), (32, 16)) / 32**0.5
+    variables = {"params": {"kernel": kernel, "bias": jnp.arange(16.0)}}
+    plain, rounded = (
+        jax.jit(Linear(16, "float32", "float32", quantised=form).apply)(variables, x) for form in ("", "int8")
+    )
+    assert 0 < np.abs(rounded - plain).max() < 0.1
+
+
+def test_products_of_the_blocks_are_of_8_bits():
+    config = dataclasses.replace(demo.tiny().dit, quantised="int8")
+    params = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+    text = jax.jit(dit.DiT(config).apply).lower({"params": params}, make_inputs(config)).as_text()
+    lines = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
+    # of the one block that is scanned: self-attention and the words 4 each, the portrait 2, speech 2, the MLP 2
+    assert len(lines) == 14
+
+
+def test_training_refuses_it():
+    config = train_tiny.config()
+    model = dataclasses.replace(config.model, dit=dataclasses.replace(config.model.dit, quantised="int8"))
+    with pytest.raises(ValueError, match="rounding has no gradient"):
+        dataclasses.replace(config, model=model)
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(ValueError, match="dit.quantised is 'int4'; choose one of '', int8, fp8"):
+        dataclasses.replace(demo.config().dit, quantised="int4")
