@@ -7,6 +7,7 @@ velocities that are fused where windows overlap, so that a solver moves one vide
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from kavatar_jax.config import Config, DiTConfig, SamplingConfig
 from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion.caching import NO_REUSE, Reuse, name_of, plan_reuse
 from kavatar_jax.diffusion.flow import TRAIN_STEPS
 from kavatar_jax.diffusion.guidance import Branch
 from kavatar_jax.diffusion.solver import History, Move, advance, begin, plan_of
@@ -52,6 +54,10 @@ class Shared(NamedTuple):
     director: jax.Array | None
 
 
+# what the transformer's blocks added to the tokens of every window, (W, S, D), by the name of a branch
+Residuals = dict[str, jax.Array]
+
+
 class Denoise(Protocol):
     """A way of denoising: `denoise` below, or one that does the windows of several videos together."""
 
@@ -66,47 +72,107 @@ def denoise(
     config: DiTConfig, sampling: SamplingConfig, *, stage: str, report: Report,
 ) -> np.ndarray:  # fmt: skip
     """Take noise (slots, T, h, w, C) to latents of the same shape on the host, overlaps fused; x is used up."""
+    taken = take_steps(params, x, told, shared, windows, config, sampling, plan_steps(sampling))
+    for i, (history, _) in enumerate(taken):
+        x = jax.block_until_ready(history.x)
+        report(stage, i + 1, sampling.steps)
+    return np.asarray(x)
+
+
+class Step(NamedTuple):
+    """One step of a schedule: its row of the solver's plan, the branches of guidance, and what they reuse."""
+
+    move: Move
+    branches: tuple[Branch, ...]
+    reuse: Reuse
+
+
+def plan_steps(sampling: SamplingConfig) -> list[Step]:
+    """The steps that a run's config asks for."""
     plan = plan_of(sampling)
+    branches = [guidance.branches_of(sampling, float(move.sigma)) for move in plan.moves]
+    reuses = plan_reuse(plan.sigmas, branches, sampling.cache)
+    return [Step(*parts) for parts in zip(plan.moves, branches, reuses, strict=True)]
+
+
+def take_steps(
+    params: Params, x: jax.Array, told: Told, shared: Shared, windows: Windows,
+    config: DiTConfig, sampling: SamplingConfig, steps: list[Step],
+) -> Iterator[tuple[History, Residuals]]:  # fmt: skip
+    """What each step leaves, and the residuals that it keeps; the history is used up by the next."""
     first, later = step_weights(windows, sampling)
     mesh = current()
-    history = begin(jax.device_put(x, batch_sharding(mesh)), plan)
+    history = begin(jax.device_put(x, batch_sharding(mesh)), plan_of(sampling))
     told, shared = jax.device_put(told, batch_sharding(mesh)), jax.device_put(shared, replicated(mesh))
     group = group_size(windows.count, sampling)
-    for i, move in enumerate(plan.moves):
-        history = step(
-            params, history, move, first if i == 0 else later, told, shared,
-            config=config, branches=guidance.branches_of(sampling, float(move.sigma)), group=group, stride=windows.stride,
+    residuals: Residuals = {}
+    for i, (move, branches, reuse) in enumerate(steps):
+        history, residuals = step(
+            params, history, residuals, move, first if i == 0 else later, told, shared,
+            config=config, branches=branches, group=group, stride=windows.stride, reuse=reuse,
         )  # fmt: skip
-        jax.block_until_ready(history)
-        report(stage, i + 1, sampling.steps)
-    return np.asarray(history.x)
+        yield history, residuals
 
 
-@functools.partial(jax.jit, static_argnames=("config", "branches", "group", "stride"), donate_argnames="history")
+@functools.partial(
+    jax.jit, static_argnames=("config", "branches", "group", "stride", "reuse"), donate_argnames="history"
+)
 def step(
-    params, history: History, move: Move, weights, told: Told, shared: Shared,
-    *, config: DiTConfig, branches: tuple[Branch, ...], group: int, stride: int,
-) -> History:  # fmt: skip
-    """Samples (W, T, h, w, C) at move.sigma -> at the next noise level; velocities are fused by `weights` (W, T)."""
+    params, history: History, residuals: Residuals, move: Move, weights, told: Told, shared: Shared,
+    *, config: DiTConfig, branches: tuple[Branch, ...], group: int, stride: int, reuse: Reuse = NO_REUSE,
+) -> tuple[History, Residuals]:  # fmt: skip
+    """Samples (W, T, h, w, C) at move.sigma -> at the next noise level; velocities are fused by `weights` (W, T).
+
+    residuals: those that the step before kept.
+    """
     history = spread(history)
 
     def guided(windows):
-        return guided_velocity(params, move, shared, config, branches, *windows)
+        x, told, reused = windows
+        return guided_velocity(params, move, shared, config, branches, x, told, reused, reuse.kept)
 
     cut, join = _grouped(history.x.shape[0], group)
-    velocity = join(jax.lax.map(guided, jax.tree.map(cut, (history.x, told))))
-    return spread(advance(history, fuse(velocity, weights, stride), move))
+    reused = {name: residuals[name] for name in reuse.reused}
+    velocity, added = jax.tree.map(join, jax.lax.map(guided, jax.tree.map(cut, (history.x, told, reused))))
+    kept = {name: constrain((residuals | added)[name], "batch", "tokens", None) for name in reuse.kept}
+    return spread(advance(history, fuse(velocity, weights, stride), move)), kept
 
 
-def guided_velocity(params, move: Move, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
-    """The velocity (G, T, h, w, C) of a group of windows at one noise level, or each at its own; not yet fused."""
+def guided_velocity(
+    params, move: Move, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told,
+    reused: Residuals, kept: tuple[str, ...] = (),
+) -> tuple[jax.Array, Residuals]:  # fmt: skip
+    """The velocity (G, T, h, w, C) of a group of windows at one noise level, or each at its own; not yet fused.
+
+    reused: residuals of the branches that do not go through the blocks; also returns those, named in `kept`, of the others.
+    """
     # what predicts clean latents turns them into a velocity by the timestep, which must then be the exact one
     timestep = move.timestep if config.predicts == "velocity" else move.sigma * TRAIN_STEPS
-    return guidance.combine(branch_velocities(params, timestep, shared, config, branches, x, told), branches)
+    fresh = tuple(branch for branch in branches if name_of(branch) not in reused)
+    stale = tuple(branch for branch in branches if name_of(branch) in reused)
+    parts, added = [], {}
+    if fresh:
+        velocities, residuals = run_branches(params, timestep, shared, config, fresh, x, told)
+        parts.append(guidance.combine(velocities, fresh))
+        found = {name_of(branch): residual for branch, residual in zip(fresh, residuals, strict=True)}
+        added = {name: found[name] for name in kept if name in found}
+    if stale:
+        residuals = jnp.stack([reused[name_of(branch)] for branch in stale])
+        velocities, _ = run_branches(params, timestep, shared, config, stale, x, told, residuals)
+        parts.append(guidance.combine(velocities, stale))
+    return sum(parts[1:], parts[0]), added
 
 
 def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told):
-    """Velocities (branches, G, T, h, w, C) of a group of windows; windows and their branches are one batch."""
+    """Velocities (branches, G, T, h, w, C) of a group of windows."""
+    return run_branches(params, timestep, shared, config, branches, x, told)[0]
+
+
+def run_branches(
+    params, timestep, shared: Shared, config: DiTConfig, branches: tuple[Branch, ...], x, told: Told, residuals=None
+):
+    """Velocities (branches, G, T, h, w, C) of a group of windows, and what the blocks added to their tokens,
+    (branches, G, S, D); windows and their branches are one batch. residuals: added instead of running the blocks."""
     G, n = x.shape[0], len(branches)
     positive = jnp.asarray([branch.positive for branch in branches])
     heard = jnp.asarray([branch.heard for branch in branches])
@@ -133,9 +199,14 @@ def branch_velocities(params, timestep, shared: Shared, config: DiTConfig, branc
         heard=jnp.tile(heard, G),
         director=for_all(shared.director),
         frames=per_branch(told.frames),
+        residual=None if residuals is None else jnp.moveaxis(residuals, 0, 1).reshape(G * n, *residuals.shape[2:]),
     )
-    velocity = DiT(config).apply({"params": params}, inputs).velocity
-    return jnp.moveaxis(velocity.reshape(G, n, *x.shape[1:]), 1, 0)
+    outputs = DiT(config).apply({"params": params}, inputs)
+
+    def by_branch(leaf):
+        return jnp.moveaxis(leaf.reshape(G, n, *leaf.shape[1:]), 1, 0)
+
+    return by_branch(outputs.velocity), by_branch(outputs.last - outputs.tokens)
 
 
 def group_size(count: int, sampling: SamplingConfig) -> int:
