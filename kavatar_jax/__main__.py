@@ -66,6 +66,30 @@ def generate(
         command.run(order)
 
 
+@app.command("compile")
+def compile_(
+    config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Weights directory, of which only the configs are read.")] = None,
+    mode: Annotated[str, typer.Option(help="cascade or single.")] = "cascade",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    lengths: Annotated[str, typer.Option(help="Seconds of speech, several with commas between.")] = "10",
+    cache: Annotated[Path | None, typer.Option(help="As of kavatar generate.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
+):
+    """Compile what `kavatar generate` will run with such settings on this machine, so that it starts at once."""
+    from kavatar_jax.cascade import ahead, command
+
+    order = command.Order(
+        portrait=None, speech=None, out=Path("-"), instruction="", config=config, weights=weights, mode=mode, size=size,
+        fps=fps, steps=steps, seed=0, storyline=None, storyline_out=None, last_frame=None, frames=None, cache=cache,
+        fields=tuple(set_ or ()),
+    )  # fmt: skip
+    with _speaking_plainly():
+        ahead.run(order, lengths)
+
+
 @app.command()
 def batch(
     manifest: Annotated[

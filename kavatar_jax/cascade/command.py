@@ -109,9 +109,7 @@ def choose_config(order: Order) -> Config:
     config = load_config(order.config or _usual_config(order))
     if not isinstance(config, Config):
         raise ValueError(f"--config {order.config} describes a training run; `kavatar train` takes it")
-    if order.cache is not None:
-        sampling = dataclasses.replace(config.sampling, cache=read_cache(order.cache))
-        config = dataclasses.replace(config, sampling=sampling)
+    config = with_cache(config, order.cache)
     fields = []
     if order.size:
         try:
@@ -131,6 +129,13 @@ def choose_config(order: Order) -> Config:
         raise ValueError(f"--lora {order.loras[0]} is for weights that have been trained; give --weights DIR too")
     _check_network(order, config)
     return config
+
+
+def with_cache(config: Config, path: Path | None) -> Config:
+    """A config whose sampling reuses what a file of tools/calibrate_cache.py says; None changes nothing."""
+    if path is None:
+        return config
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, cache=read_cache(path)))
 
 
 def read_scene(order: Order, config: Config) -> Scene:

@@ -6,7 +6,6 @@ fsdp axes; on each slot `windows_per_batch` of them go through the model togethe
 velocities that are fused where windows overlap, so that a solver moves one video, whatever it remembers of earlier steps.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +19,14 @@ from kavatar_jax.diffusion.caching import NO_REUSE, Reuse, name_of, plan_reuse
 from kavatar_jax.diffusion.flow import TRAIN_STEPS
 from kavatar_jax.diffusion.guidance import Branch
 from kavatar_jax.diffusion.solver import History, Move, advance, begin, plan_of
-from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp
+from kavatar_jax.diffusion.windows import Windows, fuse, fusion_weights, overlap_ramp, slot_bucket
 from kavatar_jax.models.dit import DiT, Inputs
 from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, constrain, replicated
 from kavatar_jax.types import Params, Report
+
+TEXTS = 4  # a bank of prompts holds this many, or a few times that
 
 
 class Told(NamedTuple):
@@ -103,7 +105,8 @@ def take_steps(
     first, later = step_weights(windows, sampling)
     mesh = current()
     history = begin(jax.device_put(x, batch_sharding(mesh)), plan_of(sampling))
-    told, shared = jax.device_put(told, batch_sharding(mesh)), jax.device_put(shared, replicated(mesh))
+    told = jax.device_put(told, batch_sharding(mesh))
+    shared = jax.device_put(fill_banks(shared, len(x)), replicated(mesh))
     group = group_size(windows.count, sampling)
     residuals: Residuals = {}
     for i, (move, branches, reuse) in enumerate(steps):
@@ -114,9 +117,20 @@ def take_steps(
         yield history, residuals
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "branches", "group", "stride", "reuse"), donate_argnames="history"
-)
+def fill_banks(shared: Shared, slots: int) -> Shared:
+    """Texts and views repeat their last ones to fill buckets, so that another storyline needs no other program: several
+    views are as many as there are slots for windows."""
+
+    def fill(bank, rows):
+        return np.asarray(bank)[np.minimum(np.arange(rows), len(bank) - 1)]
+
+    text, condition = fill(shared.text, slot_bucket(len(shared.text), multiple=TEXTS)), shared.condition
+    if condition is not None and len(condition) > 1:
+        condition = fill(condition, slots)
+    return shared._replace(text=text, condition=condition)
+
+
+@program(static_argnames=("config", "branches", "group", "stride", "reuse"), donate_argnames="history")
 def step(
     params, history: History, residuals: Residuals, move: Move, weights, told: Told, shared: Shared,
     *, config: DiTConfig, branches: tuple[Branch, ...], group: int, stride: int, reuse: Reuse = NO_REUSE,
@@ -233,7 +247,7 @@ def noise_of_frames(seed: int, frames_WT: np.ndarray, config: Config) -> jax.Arr
     return _draw(jax.random.key(seed), frames_WT, shape)
 
 
-@functools.partial(jax.jit, static_argnames="shape")
+@program(static_argnames="shape")
 def _draw(key, frames_WT, shape):
     def draw(frame):
         return jax.random.normal(jax.random.fold_in(key, frame), shape)

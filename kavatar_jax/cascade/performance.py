@@ -4,7 +4,6 @@ The same numbers as `draw_blueprint` gives for the whole speech at once (diffusi
 host nor a device holds more than the windows on their way.
 """
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +18,7 @@ from kavatar_jax.cascade.denoise import (
     Residuals,
     Shared,
     Told,
+    fill_banks,
     group_size,
     guided_velocity,
     noise_of_frames,
@@ -34,6 +34,7 @@ from kavatar_jax.diffusion.solver import History, Move, begin, plan_of
 from kavatar_jax.diffusion.wavefront import Level, Wave, begin_level, move_on, pass_level
 from kavatar_jax.diffusion.windows import Windows, overlap_ramp
 from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import batch_sharding, constrain, replicated
 from kavatar_jax.types import Blueprint, Conditions, Performance, Report
 
@@ -72,7 +73,7 @@ def perform(
     stride = sampling.window_latents - sampling.overlap
     wave = Wave(length=sampling.window_latents, stride=stride, group=group, levels=sampling.steps)
     ramp = overlap_ramp(sampling.overlap, sampling.fusion)
-    shared = jax.device_put(share(conditions, weights, config), replicated(mesh))
+    shared = jax.device_put(fill_banks(share(conditions, weights, config), group), replicated(mesh))
     steps = plan_steps(sampling)
     levels: list[Level] = []
     none = [_no_residuals(step.reuse.kept, wave.reach, config) for step in steps]
@@ -168,7 +169,7 @@ def _no_residuals(names: tuple[str, ...], count: int, config: Config) -> dict[st
     return {name: np.zeros((count, tokens, config.dit.width), jnp.dtype(config.dit.dtype)) for name in names}
 
 
-@functools.partial(jax.jit, static_argnames=("config", "branches", "wave", "reuse"), donate_argnames=("level", "block"))
+@program(static_argnames=("config", "branches", "wave", "reuse"), donate_argnames=("level", "block"))
 def _pass(
     params, level: Level, block: History, waiting: Residuals, residuals: Residuals, move: Move, weights,
     told: Told | None, shared: Shared,
