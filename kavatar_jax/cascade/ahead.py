@@ -36,7 +36,7 @@ def run(order: Order, lengths: str) -> None:
 
     def tell(name: str, duration: float) -> None:
         added = store.grown()
-        kept = f"{added / 2**20:.1f} MiB" if added else "kept already, or too quickly compiled to be kept"
+        kept = f"{added / 2**20:.2f} MiB" if added else "kept already, or too quickly compiled to be kept"
         console.print(f"{name.strip('_')}: {duration:.1f} s, {kept}")
 
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
@@ -47,7 +47,7 @@ def run(order: Order, lengths: str) -> None:
             for _ in draw(order, request, direct(request), weights, config, silent).images:
                 pass
     count, size = store.content()
-    console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB")
+    console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
 
 
 class _Store:
