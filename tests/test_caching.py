@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from configs import demo
 from kavatar_jax.cascade import denoise as denoising
@@ -20,7 +21,7 @@ from kavatar_jax.diffusion.guidance import Branch, branches_of, text_and_audio
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.parallel.mesh import make_mesh
-from kavatar_jax.types import silent
+from kavatar_jax.types import SAMPLE_RATE, silent
 from tests.tones import make_request
 from tools import calibrate_cache
 from tools.benchmarks.hlo import cost_of
@@ -250,7 +251,9 @@ def test_eight_devices_reuse_what_one_does(config, weights):
 
 def test_calibration_measures_quotients_of_lengths(tmp_path, capsys):
     out = tmp_path / "cache.json"
-    assert calibrate_cache.main(["--config", "demo:tiny", "--set", "sampling.steps=3", "--out", str(out)]) == 0
+    soundfile.write(tmp_path / "speech.wav", np.zeros(SAMPLE_RATE // 2), SAMPLE_RATE)
+    order = ["--config", "demo:tiny", "--set", "sampling.steps=3", "--speech", str(tmp_path / "speech.wav")]
+    assert calibrate_cache.main([*order, "--out", str(out)]) == 0
     cache = read_cache(out)
     assert {each.branch for each in cache.magnitudes} == {
         name_of(branch) for branch in branches_of(demo.tiny().sampling)
