@@ -47,6 +47,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
     storyline: Annotated[Path | None, typer.Option(help="A plan to follow instead of writing one.")] = None,
     storyline_out: Annotated[Path | None, typer.Option(help="Also write the plan here.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Skip the transformer's blocks at some steps, as tools/calibrate_cache.py found."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
 ):
     """Turn a portrait, a speech recording and an instruction into a talking video."""
@@ -55,10 +59,35 @@ def generate(
     order = command.Order(
         portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
         mode=mode, size=size, fps=fps, steps=steps, seed=seed, storyline=storyline, storyline_out=storyline_out,
-        last_frame=last_frame, frames=frames, loras=tuple(lora or ()), lora_unused=lora_unused, fields=tuple(set_ or ()),
+        last_frame=last_frame, frames=frames, loras=tuple(lora or ()), lora_unused=lora_unused, cache=cache,
+        fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         command.run(order)
+
+
+@app.command("compile")
+def compile_(
+    config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Weights directory, of which only the configs are read.")] = None,
+    mode: Annotated[str, typer.Option(help="cascade or single.")] = "cascade",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
+    fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    lengths: Annotated[str, typer.Option(help="Seconds of speech, several with commas between.")] = "10",
+    cache: Annotated[Path | None, typer.Option(help="As of kavatar generate.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
+):
+    """Compile what `kavatar generate` will run with such settings on this machine, so that it starts at once."""
+    from kavatar_jax.cascade import ahead, command
+
+    order = command.Order(
+        portrait=None, speech=None, out=Path("-"), instruction="", config=config, weights=weights, mode=mode, size=size,
+        fps=fps, steps=steps, seed=0, storyline=None, storyline_out=None, last_frame=None, frames=None, cache=cache,
+        fields=tuple(set_ or ()),
+    )  # fmt: skip
+    with _speaking_plainly():
+        ahead.run(order, lengths)
 
 
 @app.command()
@@ -112,6 +141,10 @@ def stream(
     fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; fewer answer sooner.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same video.")] = 0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Skip the transformer's blocks at some steps, as tools/calibrate_cache.py found."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.window_frames=17.")] = None,
 ):
     """Turn speech into a talking video while it is being spoken; Ctrl-C ends it."""
@@ -121,7 +154,7 @@ def stream(
     order = command.Order(
         portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
         mode="single", size=size, fps=fps, steps=steps, seed=seed, storyline=None, storyline_out=None,
-        last_frame=None, frames=None, fields=tuple(set_ or ()),
+        last_frame=None, frames=None, cache=cache, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         run(order, rate=rate, follow=follow)

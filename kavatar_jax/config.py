@@ -183,6 +183,49 @@ SpeechConfig = Wav2Vec2Config | WhisperConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Magnitudes:
+    """How large what the transformer's blocks add is, for one branch of guidance at falling noise levels; their quotients
+    count alone. branch: its name, as diffusion/caching.py makes it."""
+
+    branch: str
+    sigmas: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.sigmas or len(self.sigmas) != len(self.values) or min(self.values) <= 0:
+            raise ValueError(f"the magnitudes of {self.branch!r} are not one number above 0 for each noise level")
+        if any(later >= earlier for earlier, later in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError(f"the noise levels of the magnitudes of {self.branch!r} do not fall")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Steps that reuse what the transformer's blocks added at an earlier one (MagCache, arXiv 2506.09045).
+
+    threshold: a branch of guidance reuses as long as its errors, summed up since it last went through the blocks, stay
+    below; 0 for never
+    longest: most steps in a row that reuse; start: share of the steps, at the start, that never do
+    magnitudes: measured by tools/calibrate_cache.py
+    """
+
+    threshold: float = 0.0
+    longest: int = 2
+    start: float = 0.2
+    magnitudes: tuple[Magnitudes, ...] = ()
+
+    def __post_init__(self):
+        _at_least("sampling.cache.threshold", self.threshold, 0)
+        _at_least("sampling.cache.longest", self.longest, 1)
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"sampling.cache.start is {self.start}; it is a share of the steps, from 0 to 1")
+        if self.threshold and not self.magnitudes:
+            raise ValueError(
+                f"sampling.cache.threshold is {self.threshold}, and no magnitudes are known to decide by; give --cache "
+                "FILE, made by tools/calibrate_cache.py"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How latents are drawn.
 
@@ -202,6 +245,7 @@ class SamplingConfig:
     fusion: weights over the overlap, "log", "uniform", "fixed" halves, or "none": the later window laid over the earlier
     indexing: "exact" (every latent frame hears its own frames) or "released" (StableAvatar's slices)
     windows_per_batch: windows denoised together on each slot of the data axis
+    cache: which steps reuse the transformer's work of earlier ones
     """
 
     steps: int
@@ -221,6 +265,7 @@ class SamplingConfig:
     audio_attention: float = 1.0
     solver: str = "euler"
     spacing: str = "linspace"
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
 
     def __post_init__(self):
         _one_of("sampling.solver", self.solver, ("euler", "unipc", "dpm++"))

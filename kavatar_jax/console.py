@@ -7,11 +7,16 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# bytes of compiled programs that are kept: hundreds of the largest ones, which are tens of megabytes each
+CACHE_LIMIT = 8 * 2**30
+
 
 def keep_compiled_programs() -> None:
-    """Programs compiled once serve later runs, unless the user has a cache of their own."""
+    """Programs compiled once serve later runs, unless the user has a cache of their own. Beyond CACHE_LIMIT those that were
+    not used for longest are deleted."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kavatar_jax" / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "kavatar_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_LIMIT)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

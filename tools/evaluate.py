@@ -29,7 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from kavatar_jax.cascade.command import MODES
+from kavatar_jax.cascade.command import MODES, with_cache
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
 from kavatar_jax.cascade.weights import Weights, load_weights, read_configs
 from kavatar_jax.config import Config, load_config, set_fields
@@ -59,6 +59,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--long-frames", type=int, default=3700, help="of the video on which drift is measured")
     parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--cache", type=Path, help="as of kavatar generate")
     parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field: sampling.shift=5")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where to keep contact sheets and videos")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
@@ -97,6 +98,7 @@ def read_arguments(arguments) -> Config:
     config = load_config(arguments.config)
     if not isinstance(config, Config):
         raise ValueError(f"--config {arguments.config} describes a training run; give that of its model, such as demo")
+    config = with_cache(config, arguments.cache)
     return read_configs(arguments.weights, set_fields(config, [*steps, *arguments.fields]))
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from kavatar_jax.cascade.blueprint import draw_blueprint
-from kavatar_jax.cascade.command import DEMO
+from kavatar_jax.cascade.command import DEMO, with_cache
 from kavatar_jax.cascade.encode import encode
 from kavatar_jax.cascade.performance import draw_performance
 from kavatar_jax.cascade.pipeline import generate_live
@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--weights", type=Path, default=DEMO)
+    parser.add_argument("--cache", type=Path, help="as of kavatar generate")
+    parser.add_argument("--set", dest="fields", action="append", default=[], help="replace a field")
     arguments = parser.parse_args()
     keep_compiled_programs()
-    base = read_configs(arguments.weights, load_config("demo"))
+    base = set_fields(with_cache(load_config("demo"), arguments.cache), arguments.fields)
+    base = read_configs(arguments.weights, base)
     print(
         "| window, frames | steps | overlap | look-ahead s | delay s | cost | single | lock-step |\n" + "|---" * 8 + "|"
     )

@@ -52,6 +52,11 @@ def run(manifest: Path, order: Order) -> bool:
         raise ValueError(f"--out {order.out} is a file; give a folder for the videos")
     order.out.mkdir(parents=True, exist_ok=True)
     config = read_order(dataclasses.replace(order, out=order.out / "video.mp4"))
+    if config.sampling.cache.threshold:
+        raise ValueError(
+            f"sampling.cache.threshold is {config.sampling.cache.threshold}; a batch keeps nothing from step to step: "
+            "its windows may be in other company in each; set it to 0"
+        )
     if jax.process_index() == 0:
         for fault in faults:
             console.print(fault.error, soft_wrap=True)

@@ -1,9 +1,7 @@
 """The whole performance in one go, through sliding windows; small in the cascade, full size in single mode."""
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +15,7 @@ from kavatar_jax.media.image import fit_size, resize
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.dit import frames_held
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.types import Blueprint, Conditions, Report
 
 View = dict[int, np.ndarray]  # frame number -> the picture that is given there, (H, W, 3) uint8
@@ -124,7 +123,7 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
     return np.stack(conditions)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _encode(config, params, video):
     mean, _ = vae.encode(params, jnp.asarray(video), config)
     return mean

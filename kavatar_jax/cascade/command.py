@@ -21,6 +21,7 @@ from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.checkpoint.weights import NO_CHANGES
 from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.console import Display, keep_compiled_programs
+from kavatar_jax.diffusion.caching import read_cache
 from kavatar_jax.director.rules import direct
 from kavatar_jax.director.storyline import check, read_storyline, write_storyline
 from kavatar_jax.media.audio import is_silent, load_speech
@@ -66,6 +67,7 @@ class Order:
     fields: tuple[str, ...]
     loras: tuple[str, ...] = ()
     lora_unused: str = "refuse"
+    cache: Path | None = None
 
 
 def run(order: Order) -> None:
@@ -107,6 +109,7 @@ def choose_config(order: Order) -> Config:
     config = load_config(order.config or _usual_config(order))
     if not isinstance(config, Config):
         raise ValueError(f"--config {order.config} describes a training run; `kavatar train` takes it")
+    config = with_cache(config, order.cache)
     fields = []
     if order.size:
         try:
@@ -127,6 +130,13 @@ def choose_config(order: Order) -> Config:
     _check_network(order, config)
     _check_guidance(order, config)
     return config
+
+
+def with_cache(config: Config, path: Path | None) -> Config:
+    """A config whose sampling reuses what a file of tools/calibrate_cache.py says; None changes nothing."""
+    if path is None:
+        return config
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, cache=read_cache(path)))
 
 
 def read_scene(order: Order, config: Config) -> Scene:
@@ -197,7 +207,7 @@ def draw(
 ) -> Video:  # fmt: skip
     """What the order's mode makes of it."""
     if isinstance(request, Scene):
-        return generate_without_speech(request, weights, config, report=report)
+        return generate_without_speech(request, weights, config, report=report, denoise=denoise)
     assert plan is not None
     if order.mode == "single":
         return generate_in_one_pass(request, lambda _: plan, weights, config, report=report, denoise=denoise)

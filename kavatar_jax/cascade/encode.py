@@ -1,8 +1,5 @@
 """Request and storyline to conditions: words and face become arrays, each computed once for the whole video."""
 
-import functools
-
-import jax
 import numpy as np
 
 from kavatar_jax.cascade.hear import plan_latents
@@ -10,6 +7,7 @@ from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import clip, umt5
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.types import Conditions, Report, Request, Storyline
 
 
@@ -71,11 +69,11 @@ def _encode_text(text: str, done: int, total: int, weights: Weights, config: Con
     return np.where(mask[0][:, None], features, 0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _read(config, params, ids, mask):
     return umt5.UMT5(config).apply({"params": params}, ids, mask)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _see(config, params, pixels):
     return clip.CLIP(config).apply({"params": params}, pixels)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kavatar_jax.cascade.blueprint import View, see, wear_down
-from kavatar_jax.cascade.denoise import Pictures, Shared, Told, denoise, draw_noise, group_size
+from kavatar_jax.cascade.denoise import Denoise, Pictures, Shared, Told, denoise, draw_noise, group_size
 from kavatar_jax.cascade.encode import encode_texts, look_at
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config, DiTConfig
@@ -16,7 +16,7 @@ from kavatar_jax.media.text import clean_like_wan
 from kavatar_jax.types import Blueprint, Report, Scene
 
 
-def draw_film(scene: Scene, weights: Weights, config: Config, report: Report) -> Blueprint:
+def draw_film(scene: Scene, weights: Weights, config: Config, report: Report, denoise: Denoise = denoise) -> Blueprint:
     """A video of sampling.window_frames frames of config.width x config.height."""
     windows, told, shared = tell_scene(scene, weights, config, report)
     latents = denoise(

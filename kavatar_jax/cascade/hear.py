@@ -5,15 +5,13 @@ so that latent frame i always reads its own four frames. "released": StableAvata
 whatever is left for the last one, cut into as many slices all the same.
 """
 
-import functools
-
-import jax
 import numpy as np
 
 from kavatar_jax.config import Config, SamplingConfig
 from kavatar_jax.diffusion.windows import Windows
 from kavatar_jax.models.audio_adapter import ABSENT, slice_table
 from kavatar_jax.models.components import model_of
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.types import SAMPLE_RATE, Params
 
 WINDOWS_AT_ONCE = 4  # speech encoder batch; a small one, so that memory does not grow with the recording
@@ -72,6 +70,6 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
     return features, slices
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program(static_argnums=0)
 def _listen(config, params, waves):
     return model_of("speech", config).listen(params, waves, config)

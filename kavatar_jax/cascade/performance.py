@@ -4,7 +4,6 @@ The same numbers as `draw_blueprint` gives for the whole speech at once (diffusi
 host nor a device holds more than the windows on their way.
 """
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -14,16 +13,28 @@ import numpy as np
 
 from kavatar_jax.cascade import denoise as denoising
 from kavatar_jax.cascade.blueprint import draw_blueprint, plan_windows, share, tell
-from kavatar_jax.cascade.denoise import Denoise, Shared, Told, group_size, guided_velocity, noise_of_frames, spread
+from kavatar_jax.cascade.denoise import (
+    Denoise,
+    Residuals,
+    Shared,
+    Told,
+    fill_banks,
+    group_size,
+    guided_velocity,
+    noise_of_frames,
+    plan_steps,
+    spread,
+)
 from kavatar_jax.cascade.hear import plan_latents, spans_of_frames
 from kavatar_jax.cascade.weights import Weights
 from kavatar_jax.config import Config, DiTConfig
-from kavatar_jax.diffusion import guidance
+from kavatar_jax.diffusion.caching import Reuse
 from kavatar_jax.diffusion.guidance import Branch
 from kavatar_jax.diffusion.solver import History, Move, begin, plan_of
-from kavatar_jax.diffusion.wavefront import Level, Wave, begin_level, pass_level
+from kavatar_jax.diffusion.wavefront import Level, Wave, begin_level, move_on, pass_level
 from kavatar_jax.diffusion.windows import Windows, overlap_ramp
 from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import batch_sharding, constrain, replicated
 from kavatar_jax.types import Blueprint, Conditions, Performance, Report
 
@@ -62,17 +73,22 @@ def perform(
     stride = sampling.window_latents - sampling.overlap
     wave = Wave(length=sampling.window_latents, stride=stride, group=group, levels=sampling.steps)
     ramp = overlap_ramp(sampling.overlap, sampling.fusion)
-    shared = jax.device_put(share(conditions, [{0: conditions.portrait}], weights, config), replicated(mesh))
+    shared = share(conditions, [{0: conditions.portrait}], weights, config)
+    shared = jax.device_put(fill_banks(shared, group), replicated(mesh))
+    steps = plan_steps(sampling)
     levels: list[Level] = []
+    none = [_no_residuals(step.reuse.kept, wave.reach, config) for step in steps]
+    waiting = jax.device_put(none, replicated(mesh))
     for front, told, count in _rounds(_listen(conditions, speech, weights, config, wave), wave):
         block = begin(jax.device_put(_noise(conditions.seed, front, wave, config), batch_sharding(mesh)), plan)
         levels = levels or [jax.device_put(begin_level(block, wave), replicated(mesh)) for _ in plan.moves]
-        for i, move in enumerate(plan.moves):
+        residuals: Residuals = {}
+        for i, (move, branches, reuse) in enumerate(steps):
             first = wave.first(front, i)
-            levels[i], block = _pass(
-                weights.dit, levels[i], block, move, wave.weights(first, count, ramp),
+            levels[i], block, waiting[i], residuals = _pass(
+                weights.dit, levels[i], block, waiting[i], residuals, move, wave.weights(first, count, ramp),
                 jax.device_put(_rows(told, front, first, count, wave), batch_sharding(mesh)), shared,
-                config=config.dit, branches=guidance.branches_of(sampling, float(move.sigma)), wave=wave,
+                config=config.dit, branches=branches, wave=wave, reuse=reuse,
             )  # fmt: skip
         latents, first = np.asarray(block.x), wave.first(front, wave.levels)
         done = range(max(first, 0), min(first + group, count))
@@ -147,17 +163,31 @@ def _noise(seed: int, front: int, wave: Wave, config: Config) -> jax.Array:
     return noise_of_frames(seed, starts[:, None] + np.arange(wave.length), config)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "branches", "wave"), donate_argnames=("level", "block"))
+def _no_residuals(names: tuple[str, ...], count: int, config: Config) -> dict[str, np.ndarray]:
+    """Of windows before the first, by the names of branches: (count, S, D)."""
+    size = config.sampling.window_latents, config.height // config.vae.side, config.width // config.vae.side
+    tokens = np.prod([n // p for n, p in zip(size, config.dit.patch, strict=True)])
+    return {name: np.zeros((count, tokens, config.dit.width), jnp.dtype(config.dit.dtype)) for name in names}
+
+
+@program(static_argnames=("config", "branches", "wave", "reuse"), donate_argnames=("level", "block"))
 def _pass(
-    params, level: Level, block: History, move: Move, weights, told: Told | None, shared: Shared,
-    *, config: DiTConfig, branches: tuple[Branch, ...], wave: Wave,
-) -> tuple[Level, History]:  # fmt: skip
-    """A round at one noise level; the model is called unless there is nobody to tell anything."""
+    params, level: Level, block: History, waiting: Residuals, residuals: Residuals, move: Move, weights,
+    told: Told | None, shared: Shared,
+    *, config: DiTConfig, branches: tuple[Branch, ...], wave: Wave, reuse: Reuse,
+) -> tuple[Level, History, Residuals, Residuals]:  # fmt: skip
+    """A round at one noise level; the model is called unless there is nobody to tell anything.
+
+    waiting, residuals: what the blocks added to the windows that wait at this level and to those of the block.
+    """
     block = spread(block)
     if told is None:
-        velocity = jnp.zeros_like(block.x)
+        velocity, added = jnp.zeros_like(block.x), {}
+        residuals = {name: jnp.zeros((wave.group, *leaf.shape[1:]), leaf.dtype) for name, leaf in waiting.items()}
     else:
-        velocity = guided_velocity(params, move, shared, config, branches, block.x, told)
+        reused = {name: residuals[name] for name in reuse.reused}
+        velocity, added = guided_velocity(params, move, shared, config, branches, block.x, told, reused, reuse.kept)
     level, block = pass_level(level, block, velocity, weights, move, wave)
-    whole = jax.tree.map(lambda leaf: constrain(leaf, None, None, None, None, None), level)
-    return whole, spread(block)
+    waiting, going = move_on(waiting, {name: (residuals | added)[name] for name in reuse.kept}, wave)
+    level, waiting = jax.tree.map(lambda leaf: constrain(leaf, *(None,) * leaf.ndim), (level, waiting))
+    return level, spread(block), waiting, jax.tree.map(lambda leaf: constrain(leaf, "batch", "tokens", None), going)

@@ -58,7 +58,9 @@ def generate_live(
     yield from decode(perform(conditions, speech, weights, config, group=group, report=report), weights, config)
 
 
-def generate_without_speech(scene: Scene, weights: Weights, config: Config, *, report: Report = silent) -> Video:
+def generate_without_speech(
+    scene: Scene, weights: Weights, config: Config, *, report: Report = silent, denoise: Denoise = denoise
+) -> Video:
     """Plain Wan2.1: a short video in one window, from words and, where given, its first frame, or first and last."""
-    film = draw_film(scene, weights, config, report)
+    film = draw_film(scene, weights, config, report, denoise)
     return stitch(film, weights, config, report, frames=film.frames, speech=None)

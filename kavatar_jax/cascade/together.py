@@ -209,7 +209,8 @@ def _velocities(params, group: Window, *, config: DiTConfig, branches: tuple[Bra
     told = Told(group.speech, group.slices, prompt=each, negative=each + len(group.x), view=each, frames=group.frames)
     text = jnp.concatenate([group.prompt, group.negative])
     shared = Shared(text, group.image, group.condition, group.director, group.worn)
-    return guided_velocity(params, group.move, shared, config, branches, group.x, told)
+    velocity, _ = guided_velocity(params, group.move, shared, config, branches, group.x, told, reused={})
+    return velocity
 
 
 @functools.partial(jax.jit, static_argnames="stride")

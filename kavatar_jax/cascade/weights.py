@@ -10,7 +10,7 @@ import numpy as np
 from kavatar_jax.checkpoint.lora import Changes, parse, read_loras
 from kavatar_jax.checkpoint.weights import NO_CHANGES, load_component
 from kavatar_jax.config import Config, DiTConfig
-from kavatar_jax.media.text import load_tokenizer
+from kavatar_jax.media.text import ByteTokenizer, load_tokenizer
 from kavatar_jax.models import names
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.mesh import current
@@ -78,6 +78,20 @@ def load_weights(folder: Path, config: Config, *, changes: Changes = NO_CHANGES)
         added = changes if name == "dit" else NO_CHANGES
         loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh), changes=added)
     return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
+
+
+def describe_weights(folder: Path | None, config: Config) -> Weights:
+    """What load_weights would give on the current mesh, as shapes and places, with nothing in them."""
+    mesh, described = current(), {}
+    for name in parts_of(config.dit):
+        wanted, axes = abstract(name, getattr(config, name)), model_of(name, getattr(config, name)).AXES
+        described[name] = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            wanted,
+            partition(wanted, axes, mesh),
+        )
+    tokenizer = ByteTokenizer() if folder is None else load_tokenizer(folder / "tokenizer")
+    return Weights(**described, tokenizer=tokenizer)
 
 
 def read_lora_files(words: Sequence[str], config: DiTConfig, *, unused: str = "refuse") -> Changes:

@@ -90,7 +90,15 @@ def pass_level(level: Level, block: History, velocity, weights, move: Move, wave
     Those that go on are r places to the left.
     """
     velocity = jnp.concatenate([level.velocity, velocity])
-    histories = jax.tree.map(lambda *parts: jnp.concatenate(parts), level.waiting, block)
+    waiting, going = move_on(level.waiting, block, wave)
     fused = fuse(velocity, weights, wave.stride)[wave.reach : wave.reach + wave.group]
-    moved = advance(jax.tree.map(lambda leaf: leaf[: wave.group], histories), fused, move)
-    return Level(jax.tree.map(lambda leaf: leaf[wave.group :], histories), velocity[wave.group :]), moved
+    return Level(waiting, velocity[wave.group :]), advance(going, fused, move)
+
+
+def move_on(waiting, block, wave: Wave):
+    """What is known of the r windows that waited at a level and of a round's -> of those that wait now, and of the `group`
+    windows that go on."""
+    windows = jax.tree.map(lambda *parts: jnp.concatenate(parts), waiting, block)
+    return jax.tree.map(lambda leaf: leaf[wave.group :], windows), jax.tree.map(
+        lambda leaf: leaf[: wave.group], windows
+    )

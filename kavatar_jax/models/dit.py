@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     speech: (B, L, speech_width); slices: (B, T, A) into its rows; heard: (B,) bool, False zeroes the refined audio
     director: (B, L, director_width); frames: (B,) how many of the T latent frames are real, None for all
     audio_gain: (B,) what the blocks' attention to audio is multiplied by, None for one
+    residual: (B, S, D) what the blocks added to the tokens at an earlier noise level; where it is given they are not run
     """
 
     latents: jax.Array
@@ -57,6 +58,7 @@ class Inputs(NamedTuple):
     director: jax.Array | None = None
     frames: jax.Array | None = None
     audio_gain: jax.Array | None = None
+    residual: jax.Array | None = None
 
 
 class Context(NamedTuple):
@@ -127,8 +129,11 @@ class DiT(nn.Module):
         context = Context(modulation, (cos, sin), text, image, audio, audio_keys, director, pack, inputs.audio_gain)
 
         x = constrain(tokens.astype(c.dtype), "batch", "tokens", None)
-        blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
-        x, _ = blocks(x, context)
+        if inputs.residual is None:
+            blocks = stack(Block, layers=c.layers, remat=c.remat, broadcast=1)(c, self.clip_level, name="blocks")
+            x, _ = blocks(x, context)
+        else:
+            x = x + inputs.residual
         predicted = Head(c, name="head")(x, time, grid)
         if c.predicts != "velocity":
             noisy = inputs.latents.astype(jnp.float32)

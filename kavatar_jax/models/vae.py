@@ -22,6 +22,7 @@ from kavatar_jax.config import VAEConfig
 from kavatar_jax.models.vae_layers import ChannelNorm, Downsample, Middle, ResBlock, Upsample, layout, spread, thread
 from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import constrain
 from kavatar_jax.types import Params
 
@@ -233,7 +234,7 @@ def _in_chunks(call, x_BFHWC, size: int | None):
     return jnp.concatenate(outputs, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "pixels"), donate_argnames="state")
+@program(static_argnames=("config", "pixels"), donate_argnames="state")
 def _decode_chunk(params, latents_BTHWC, state, *, config, pixels):
     latents = _denormalise(latents_BTHWC, config)
     frames, state = Decoder(config).apply({"params": params["decoder"]}, latents, state)

@@ -67,7 +67,7 @@ def denoise(config: Config, count: int | None) -> Program:
     move = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, np.float32), plan_of(sampling).moves[0])
     branches = guidance.branches_of(sampling)
     traced = step.trace(
-        params, history, move, _given(everywhere, W, T), told, shared,
+        params, history, {}, move, _given(everywhere, W, T), told, shared,
         config=net, branches=branches, group=group, stride=T - sampling.overlap,
     )  # fmt: skip
     work = W * len(branches) * flops.forward(net, latent, image_tokens=seen, speech_tokens=spoken)

@@ -135,10 +135,10 @@ def _take_steps(step: Callable, video: Video, count: int) -> np.ndarray:
 def _ours(video: Video, x, move: Move, _, weights):
     config = video.config
     return denoise.step(
-        video.weights.dit, History(x, None, None, None), move, weights, video.told, video.shared,
+        video.weights.dit, History(x, None, None, None), {}, move, weights, video.told, video.shared,
         config=config.dit, branches=_branches(config), group=denoise.group_size(video.windows.count, config.sampling),
         stride=video.windows.stride,
-    ).x  # fmt: skip
+    )[0].x  # fmt: skip
 
 
 def _released(video: Video, listen: Callable, x, move: Move, sigma_next, weights):

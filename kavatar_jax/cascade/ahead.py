@@ -1,0 +1,82 @@
+"""What `kavatar compile` does: the programs that `kavatar generate` would run are compiled, and kept where it finds them.
+
+The pipeline itself is run, on silence and without weights, its programs compiled and not called (parallel/programs.py).
+What a program is compiled for depends on the settings and on how long the speech is, in steps: windows come in buckets, and
+from a few windows on single mode has the same programs for any length. In a cascade the number of sub-clips depends on the
+pauses as well, which silence does not have; where a storyline gives another bucket, or more than four different texts, the
+sampling step is compiled when it is met.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from kavatar_jax.cascade.command import SPOKEN, Order, choose_config, draw, find_weights, read_portrait
+from kavatar_jax.cascade.weights import describe_weights
+from kavatar_jax.console import keep_compiled_programs
+from kavatar_jax.director.rules import direct
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.parallel.programs import compiling
+from kavatar_jax.types import SAMPLE_RATE, Request, Speech, silent
+
+LONGEST = 3600.0  # seconds of speech: more needs no other programs
+
+
+def run(order: Order, lengths: str) -> None:
+    """Compile for speech of each of these lengths, seconds with commas between. ValueError for whatever is wrong with it."""
+    if order.mode not in SPOKEN:
+        raise ValueError(f"--mode {order.mode} is not one of {', '.join(SPOKEN)}, whose programs can be compiled ahead")
+    seconds = _read_lengths(lengths)
+    config = choose_config(order)
+    keep_compiled_programs()
+    console, store = Console(highlight=False), _Store(Path(jax.config.jax_compilation_cache_dir))
+
+    def tell(name: str, duration: float) -> None:
+        added = store.grown()
+        kept = f"{added / 2**20:.2f} MiB" if added else "kept already, or too quickly compiled to be kept"
+        console.print(f"{name.strip('_')}: {duration:.1f} s, {kept}")
+
+    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
+        weights = describe_weights(find_weights(order, config), config)
+        for length in seconds:
+            speech = Speech(samples=np.zeros(round(length * SAMPLE_RATE), np.float32))
+            request = Request(portrait=read_portrait(order, config), speech=speech, instruction=order.instruction)
+            for _ in draw(order, request, direct(request), weights, config, silent).images:
+                pass
+    count, size = store.content()
+    console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+class _Store:
+    """The folder of JAX's persistent compilation cache: a file for each program."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._seen = self._sizes()
+
+    def grown(self) -> int:
+        """Bytes of the programs that came in since the last call."""
+        before, self._seen = self._seen, self._sizes()
+        return sum(size for name, size in self._seen.items() if name not in before)
+
+    def content(self) -> tuple[int, int]:
+        """Number of programs, and their bytes."""
+        sizes = self._sizes()
+        return len(sizes), sum(sizes.values())
+
+    def _sizes(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in self.folder.glob("*-cache")}
+
+
+def _read_lengths(text: str) -> list[float]:
+    try:
+        lengths = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--lengths {text} is not seconds with commas between, as in 5,30") from None
+    for length in lengths:
+        if not 0 < length <= LONGEST:
+            raise ValueError(f"--lengths {text}: {length:g} is not between 0 and {LONGEST:g} seconds")
+    return lengths

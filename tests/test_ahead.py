@@ -1,0 +1,112 @@
+"""Programs compiled ahead: nothing is run, nothing is compiled twice, and a run afterwards compiles nothing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from configs import demo
+from kavatar_jax.__main__ import app
+from kavatar_jax.cascade.command import DEMO
+from kavatar_jax.cascade.denoise import TEXTS, Shared, fill_banks
+from kavatar_jax.cascade.weights import describe_weights, draw_untrained, load_weights, parts_of
+from kavatar_jax.checkpoint.weights import save_component
+from kavatar_jax.media.text import ByteTokenizer
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.parallel.programs import compiling, program
+from kavatar_jax.parallel.sharding import batch_sharding
+from kavatar_jax.types import SAMPLE_RATE
+
+COUNT = """
+import collections, sys, jax
+from kavatar_jax.__main__ import app
+seen = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: seen.update([event.rpartition("/")[2]]))
+app(sys.argv[1:], standalone_mode=False)
+print("hits", seen["cache_hits"], "misses", seen["cache_misses"])
+"""
+
+
+@program(static_argnames="times")
+def scale(x, y, *, times):
+    return {"product": times * x * y, "sum": (x + y).sum().astype("bfloat16")}
+
+
+def test_programs_are_compiled_and_not_run():
+    told = []
+    x = jax.ShapeDtypeStruct((2, 3), np.float32)
+    with compiling(lambda name, seconds: told.append(name)):
+        for times in (2, 2, 3):
+            out = scale(x, np.ones(3, np.float32), times=times)
+    assert told == ["scale", "scale"]
+    assert out["product"].shape == (2, 3) and out["sum"].dtype == "bfloat16"
+    np.testing.assert_array_equal(out["product"], 0)
+    np.testing.assert_array_equal(scale(np.ones(3), 2.0, times=2)["product"], 4)
+
+
+def test_outputs_lie_where_the_program_puts_them():
+    with jax.set_mesh(mesh := make_mesh()), compiling(lambda *_: None):
+        x = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=batch_sharding(mesh))
+        out = scale(x, 1.0, times=1)["product"]
+    assert out.sharding.is_equivalent_to(batch_sharding(mesh), 2)
+
+
+def make_weights(folder, config):
+    weights = draw_untrained(config, 0, ByteTokenizer())
+    for name in parts_of(config.dit):
+        save_component(getattr(weights, name), getattr(config, name), folder / name)
+    shutil.copytree(DEMO / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_weights_are_described_as_they_are_loaded(tmp_path):
+    config = demo.tiny()
+    folder = make_weights(tmp_path / "weights", config)
+    with jax.set_mesh(make_mesh(2, 2, 1, 2)):
+        loaded, described = load_weights(folder, config), describe_weights(folder, config)
+        for name in parts_of(config.dit):
+            pairs = zip(*map(jax.tree.leaves, (getattr(loaded, name), getattr(described, name))), strict=True)
+            assert all((a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding) for a, b in pairs)
+
+
+def test_banks_are_filled_with_their_last_rows():
+    shared = Shared(np.arange(6.0).reshape(6, 1), None, np.arange(3.0).reshape(3, 1), None)
+    filled = fill_banks(shared, 4)
+    np.testing.assert_array_equal(filled.text[:, 0], [0, 1, 2, 3, 4, 5, 5, 5])
+    np.testing.assert_array_equal(filled.condition[:, 0], [0, 1, 2, 2])
+    alone = fill_banks(shared._replace(text=shared.text[:2], condition=shared.condition[:1]), 4)
+    assert len(alone.text) == TEXTS and len(alone.condition) == 1
+
+
+@pytest.mark.parametrize("words", [["--lengths", "1,x"], ["--lengths", "0"], ["--mode", "video"], ["--size", "1"]])
+def test_bad_orders_are_one_line(words):
+    result = CliRunner().invoke(app, ["compile", "--config", "demo:tiny", *words])
+    assert result.exit_code == 2 and result.output.startswith("kavatar: ") and result.output.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["single", "cascade"])
+def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode):
+    """No program, that is, that takes long enough to compile to be kept."""
+    folder = make_weights(tmp_path / "weights", demo.tiny())
+    soundfile.write(tmp_path / "speech.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    order = ["--config", "demo:tiny", "--weights", str(folder), "--mode", mode]
+
+    def kavatar(*words):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        environment |= {"JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
+        command = [sys.executable, "-c", COUNT, *words, *order]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return result.stdout, int(re.search(r"misses (\d+)", result.stdout)[1])
+
+    told, compiled = kavatar("compile", "--lengths", "1")
+    assert compiled > 0 and f": {compiled} programs, " in told
+    _, missed = kavatar("generate", "--speech", str(tmp_path / "speech.wav"), "--out", str(tmp_path / "video.mp4"))
+    assert missed == 0
