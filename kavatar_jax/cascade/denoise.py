@@ -6,6 +6,7 @@ fsdp axes; on each slot `windows_per_batch` of them go through the model togethe
 velocities that are fused where windows overlap, so that a solver moves one video, whatever it remembers of earlier steps.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
