@@ -83,6 +83,7 @@ def test_products_of_the_blocks_are_of_8_bits():
     assert len(lines) == 14
 
 
+@pytest.mark.slow
 def test_velocity_of_the_demo_stays_near():
     """The errors that docs/performance.md gives, printed with -s."""
     folder = Path(kavatar_jax.__file__).parent / "demo"
