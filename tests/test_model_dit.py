@@ -68,7 +68,7 @@ def make_inputs(config, **fields):
         timestep=jnp.array([900.0, 20.0]),
         text=draw(2, config.text_length, config.text_width),
         condition=draw(2, T, 4, 6, config.in_channels - config.out_channels),
-        image=draw(2, 257, config.image_width),
+        image=None if config.image_width is None else draw(2, 257, config.image_width),
         speech=draw(2, tokens, config.audio.speech_width),
         slices=jnp.asarray(slice_table(tokens, 9))[None].repeat(2, axis=0),
     )

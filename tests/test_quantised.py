@@ -1,6 +1,7 @@
 """Products of 8-bit numbers: exact where the numbers are, and as near as rounding leaves them elsewhere."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,17 @@ import numpy as np
 import pytest
 from test_model_dit import make_inputs
 
+import kavatar_jax
 from configs import demo, train_tiny
+from kavatar_jax.cascade.weights import read_configs
+from kavatar_jax.checkpoint.weights import load_component
 from kavatar_jax.models import dit
+from kavatar_jax.models.components import abstract
 from kavatar_jax.nn import quantised
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.nn.quantised import FORMS
+from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.parallel.sharding import partition
 
 product = jax.jit(quantised.quantised_matmul, static_argnums=2)
 quantise = jax.jit(quantised.quantise, static_argnums=1, static_argnames="axis")
@@ -74,6 +81,25 @@ def test_products_of_the_blocks_are_of_8_bits():
     lines = [line for line in text.splitlines() if "dot_general" in line and "xi8>" in line]
     # of the one block that is scanned: self-attention and the words 4 each, the portrait 2, speech 2, the MLP 2
     assert len(lines) == 14
+
+
+@pytest.mark.slow
+def test_velocity_of_the_demo_stays_near():
+    """The errors that docs/performance.md gives, printed with -s."""
+    folder = Path(kavatar_jax.__file__).parent / "demo"
+    config = read_configs(folder, demo.config()).dit
+    wanted = abstract("dit", config)
+    places = partition(wanted, dit.AXES, make_mesh(1, devices=jax.devices()[:1]))
+    params, inputs = load_component(folder / "dit", wanted, places), make_inputs(config)
+    run = jax.jit(
+        lambda params, inputs, config: dit.DiT(config).apply({"params": params}, inputs).velocity, static_argnums=2
+    )
+    exact = np.asarray(run(params, inputs, config))
+    for form, most in (("int8", 0.04), ("fp8", 0.1)):
+        rounded = np.asarray(run(params, inputs, dataclasses.replace(config, quantised=form)))
+        error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+        print(f"{form}: relative error of the velocity {error:.4f}")
+        assert 1e-4 < error < most
 
 
 def test_training_refuses_it():
