@@ -42,7 +42,7 @@ KERNEL = """
 import jax, jax.numpy as jnp
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.parallel.mesh import make_mesh
-from tools.benchmarks.aot import absent_devices
+from tools.benchmarks.absent import absent_devices
 devices = absent_devices("{topology}")
 with jax.set_mesh(make_mesh(1, devices=devices[:1])):
     array = jax.ShapeDtypeStruct((1, {tokens}, 1, 128), jnp.bfloat16)

@@ -90,7 +90,7 @@ def rows(folder: Path, wanted: list[Cell]) -> list[str]:
         found = json.loads(file.read_text())
         mesh = " ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
         start = f"| {cell.task} | {cell.model} | {cell.size} | {cell.slice} | {mesh} |"
-        if not found["fits"]:
+        if "needs" in found:
             lines.append(f"{start} does not fit: {found['needs']} |")
             continue
         sent = ", ".join(f"{kind} {bytes_ / 1e6:,.1f}" for kind, bytes_ in found["sent"].items()) or "nothing"
