@@ -94,7 +94,7 @@ class _Module:
                 shapes = [_shape(rows[name].type) for name in operation.operands]
                 total.products += {"dot": _dot, "convolution": _convolution}[code](operation, *shapes)
             elif code == "custom-call":
-                _count_call(total, operation, [_shape(rows[name].type) for name in operation.operands])
+                _count_call(total, operation, [rows[name].type for name in operation.operands])
             elif code == "conditional":
                 for branch in re.findall(
                     r"%([\w.\-]+)", operation.rest.split("branch_computations=")[-1].split("}")[0]
@@ -120,9 +120,8 @@ class _Module:
             return int(known[1])
         condition = loop.calls("condition")
         bound = max(self._integers(condition), default=1)
-        places = [row.rest for row in self.computations[condition].values() if _is_counter(row)]
-        index = re.search(r"index=(\d+)", places[0]) if places else None
-        return -(-bound // self._step(loop.calls("body"), int(index[1]))) if index else bound
+        counters = [row for row in self.computations[condition].values() if _is_counter(row)]
+        return -(-bound // self._step(loop.calls("body"), counters[0])) if counters else bound
 
     def _integers(self, computation: str | None) -> list[int]:
         """The constants of a condition, which may lie in a fusion."""
@@ -134,9 +133,10 @@ class _Module:
                 found += self._integers(called)
         return found
 
-    def _step(self, body: str | None, index: int) -> int:
-        """What a body adds to the element of its state in which it counts."""
+    def _step(self, body: str | None, counter: Operation) -> int:
+        """What a body adds to the element of its state that the condition looks at."""
         rows = self.computations[body]
+        index = int(re.findall(r"index=(\d+)", counter.rest)[0])
         operation = rows[_root(rows).operands[index]]
         while operation.code == "copy":
             operation = rows[operation.operands[0]]
@@ -225,18 +225,18 @@ def _window(rest: str) -> dict[str, list[int]]:
     }
 
 
-def _count_call(total: Cost, operation: Operation, operands: list[list[int]]) -> None:
+def _count_call(total: Cost, operation: Operation, operands: list[str]) -> None:
     """Kernels, and products that a GPU's compiler leaves to cuBLAS and cuDNN."""
     found = re.search(r'custom_call_target="([^"]+)"', operation.rest)
     target = found[1] if found else ""
     if target == "tpu_custom_call":
         _count_kernel(total, operation)
     elif target.startswith("__cublas$"):
-        total.products += _dot(operation, *operands[:2])
+        total.products += _dot(operation, *map(_shape, operands[:2]))
     elif target.startswith("__cudnn$conv"):
-        total.products += _convolution(operation, *operands[:2])
+        total.products += _convolution(operation, *map(_shape, operands[:2]))
     elif target == "__cudnn$fmhaSoftmax":
-        queries, keys = operands[:2]  # (B, S, N, K), (B, L, N, K)
+        queries, keys = map(_shape, operands[:2])  # (B, S, N, K), (B, L, N, K)
         total.kernel_calls += 1
         total.kernels += 4.0 * math.prod(queries) * keys[1]
 
