@@ -35,8 +35,8 @@ dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 INSTALL_CUDA = (
-    "pip install --no-deps --target DIR jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION nvidia-cudnn-cu12 "
-    "nvidia-cuda-runtime-cu12, VERSION being jax's, and put DIR on PYTHONPATH"
+    "pip install --no-deps --target DIR jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION nvidia-cudnn-cu12, "
+    "VERSION being jax's, and put DIR on PYTHONPATH"
 )
 
 

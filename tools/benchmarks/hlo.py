@@ -16,6 +16,7 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # products of queries by keys by head size: those that contract over the head, and the others
 KERNELS = {"dense_attention": (1, 1), "splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # such products of its attention
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # bytes of types whose name does not say
 PLAIN = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}  # of a convolution whose window does not say
 SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
@@ -235,10 +236,10 @@ def _count_call(total: Cost, operation: Operation, operands: list[str]) -> None:
         total.products += _dot(operation, *map(_shape, operands[:2]))
     elif target.startswith("__cudnn$conv"):
         total.products += _convolution(operation, *map(_shape, operands[:2]))
-    elif target == "__cudnn$fmhaSoftmax":
+    elif target in CUDNN:
         queries, keys = map(_shape, operands[:2])  # (B, S, N, K), (B, L, N, K)
         total.kernel_calls += 1
-        total.kernels += 4.0 * math.prod(queries) * keys[1]
+        total.kernels += CUDNN[target] * 2.0 * math.prod(queries) * keys[1]
 
 
 def _count_kernel(total: Cost, operation: Operation) -> None:
