@@ -38,6 +38,7 @@ def test_a_sampling_step_compiles_for_four_v5e_chips(mesh, tmp_path):
         assert report["sent"]["all-to-all"] > 0
 
 
+@pytest.mark.slow
 def test_weights_over_sixteen_chips_do_the_same_work(tmp_path):
     """Gathers of weights become loops of permutations and partial products, which are counted as often as they run."""
     report = compile_step("--topology", "v5e:4x4", "--mesh", "1", "16", "1", "1", out=tmp_path / "report.json")
