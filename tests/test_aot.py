@@ -39,11 +39,19 @@ def test_a_sampling_step_compiles_for_four_v5e_chips(mesh, tmp_path):
         assert report["sent"]["all-to-all"] > 0
 
 
+@pytest.mark.slow
+def test_weights_over_sixteen_chips_do_the_same_work(tmp_path):
+    """Gathers of weights become loops of permutations and partial products, which are counted as often as they run."""
+    report = compile_step("--topology", "v5e:4x4", "--mesh", "1", "16", "1", "1", out=tmp_path / "report.json")
+    assert report["sent"]["collective-permute"] > 0
+    assert report["program_to_expected"] == pytest.approx(1, abs=0.05)
+
+
 KERNEL = """
 import jax, jax.numpy as jnp
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.parallel.mesh import make_mesh
-from tools.benchmarks.aot import absent_devices
+from tools.benchmarks.absent import absent_devices
 devices = absent_devices("{topology}")
 with jax.set_mesh(make_mesh(1, devices=devices[:1])):
     array = jax.ShapeDtypeStruct((1, {tokens}, 1, 128), jnp.bfloat16)

@@ -1,8 +1,8 @@
 """The table of docs/performance.md: python tools/aot_table.py --out DIR [--only WORD ...] [--table]
 
-Compiles one program after the other for slices that are not there, the most telling first; each leaves a JSON under DIR,
-and what has left one is not done again. --only: cells whose name has every WORD. --table: only print what there is.
-Needs the extra `aot`.
+Compiles one program after the other for slices and GPUs that are not there, the most telling first; each leaves a JSON
+under DIR, and what has left one is not done again. --only: cells whose name has every WORD. --table: only print what there
+is. Needs the extra `aot`, and for GPUs what docs/performance.md says.
 """
 
 import argparse
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 SIZES = {"480p": "832x480", "720p": "1280x720", "1080p": "1920x1088"}
 # sixteen as their names count: chips, but cores of a v5p and of a tpu7x
 SLICES = {"v5e-16": "v5e:4x4", "v5p-16": "v5p:2x2x2", "v6e-16": "v6e:4x4", "tpu7x-16": "tpu7x:2x2x2"}
+GPUS = {"h100": "h100", "h100-8": "h100:8"}
 PODS = {"v5e-256": "v5e:16x16", "v5p-128": "v5p:4x4x4", "v6e-256": "v6e:16x16", "tpu7x-128": "tpu7x:4x4x4"}
 CONFIGS = {
     "1.3B": ("stableavatar", "train_stableavatar"),
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
     @property
     def command(self) -> list[str]:
-        topology = (SLICES | PODS)[self.slice]
+        topology = (SLICES | GPUS | PODS)[self.slice]
         mesh = {"denoise": "-1 1 1 1", "decode": "1 1 -1 1", "train": "1 -1 1 1"}[self.task]
         if self.task == "denoise" and self.model == "14B" and topology.startswith(SMALL):
             mesh = "1 -1 1 1"
@@ -69,7 +70,7 @@ def main() -> int:
 def cells() -> list[Cell]:
     """Every cell, by what a day without chips learns most from. Decoding is the same for both models."""
     found = []
-    for slices in (SLICES, PODS):
+    for slices in (SLICES, GPUS, PODS):
         for size in SIZES:
             for task, models in (("denoise", CONFIGS), ("decode", ["1.3B"]), ("train", CONFIGS)):
                 found += [Cell(task, model, size, name) for model in models for name in slices]
@@ -90,7 +91,7 @@ def rows(folder: Path, wanted: list[Cell]) -> list[str]:
         found = json.loads(file.read_text())
         mesh = " ".join(f"{name} {size}" for name, size in found["mesh"].items() if size > 1)
         start = f"| {cell.task} | {cell.model} | {cell.size} | {cell.slice} | {mesh} |"
-        if not found["fits"]:
+        if "needs" in found:
             lines.append(f"{start} does not fit: {found['needs']} |")
             continue
         sent = ", ".join(f"{kind} {bytes_ / 1e6:,.1f}" for kind, bytes_ in found["sent"].items()) or "nothing"

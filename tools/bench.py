@@ -5,8 +5,8 @@
 cpu: our networks beside other implementations of them on two cores of this machine, in turns, as ratios of the time that
 they take. Other work on the machine shows in the range of the ratios; --cores 1 takes the time of one core computing
 instead, which is steadier. Needs the extra `parity`, but for `step`.
-aot: what a step of sampling, decoding or training needs of TPUs that are not there, and their least time for it. Needs the
-extra `aot`.
+aot: what a step of sampling, decoding or training needs of TPUs or H100s that are not there, and their least time for it.
+Needs the extra `aot`, or for H100s what docs/performance.md says.
 convert: the converter's time and peak memory beside a copy of the same bytes, on synthesised weights of a transformer
 with as many layers as fit into that many gigabytes of the disk; they are deleted afterwards.
 Exit 0 whatever the ratios are.
@@ -51,7 +51,7 @@ def main() -> int:
     cpu.add_argument("--only", nargs="+", choices=LIMITS, default=list(LIMITS))
     cpu.add_argument("--rounds", type=int, default=5)
     cpu.add_argument("--cores", type=int, default=2)
-    aot = commands.add_parser("aot", help="memory on absent TPUs")
+    aot = commands.add_parser("aot", help="memory on absent chips")
     ahead.add_arguments(aot)
     conversion = commands.add_parser("convert", help="the converter beside a copy of the bytes")
     conversion.add_argument("--config", default="wan:i2v_720p")

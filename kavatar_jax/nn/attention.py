@@ -131,6 +131,18 @@ def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
     return out.swapaxes(1, 2)[:, :S].astype(q_BSNK.dtype)
 
 
+def fused(q_BSNK, k_BLNK, v_BLNK, *, scale: float):
+    """cuDNN's kernel, on one device. JAX refuses its gradients for odd numbers of tokens; there they are those of the
+    plain form."""
+    form = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    if q_BSNK.shape[1] % 2 == 0 and k_BLNK.shape[1] % 2 == 0:
+        return form(q_BSNK, k_BLNK, v_BLNK)
+    plain = functools.partial(attend_in_chunks, scale=scale)
+    form = jax.custom_vjp(form)
+    form.defvjp(lambda *qkv: jax.vjp(plain, *qkv), lambda pull, d: pull(d))
+    return form(q_BSNK, k_BLNK, v_BLNK)
+
+
 def _kernel(q_BSNK, k_BLNK):
     """The best unmasked form for this platform, dtype and size, and for parts of the keys; or None."""
     S, L, K = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[3]
@@ -139,8 +151,7 @@ def _kernel(q_BSNK, k_BLNK):
     if mesh.platform() == "tpu" and K % 64 == 0:
         return dense, part_densely
     if mesh.platform() == "gpu" and q_BSNK.dtype in (jnp.bfloat16, jnp.float16) and K % 8 == 0 and K <= 128:
-        fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-        return fused, functools.partial(fused, return_residual=True)
+        return fused, functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
     if mesh.platform() == "cpu" and S > QUERY_CHUNK:
         return attend_head_by_head, part_head_by_head
     return None

@@ -1,12 +1,11 @@
 """Real programs compiled for chips that are not there: what they need of each device, and the least time that takes.
 
-TPUs need libtpu, which compiles for any slice on a host without one (the extra `aot`). What does not fit does not compile,
-and the report says by how much.
+TPUs need libtpu, which compiles for any slice on a host without one (the extra `aot`), H100s the CUDA plug-in of JAX and
+cuDNN's library. What does not fit a TPU does not compile, and the report says by how much; for a GPU it compiles.
 """
 
 import argparse
 import dataclasses
-import os
 import re
 import time
 
@@ -17,17 +16,10 @@ from kavatar_jax.config import Config, load_config, set_fields
 from kavatar_jax.parallel.mesh import current, make_mesh
 from kavatar_jax.training.config import TrainConfig
 from tools.benchmarks import programs
+from tools.benchmarks.absent import INSTALL_CUDA, absent_devices
 from tools.benchmarks.hlo import cost_of
 from tools.benchmarks.roofline import CHIPS, roofline
 
-# no look-up of the cloud machine this is not, and no lock against another process that compiles
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 TASKS = {"denoise": programs.denoise, "decode": programs.decode, "train": programs.train}
 
 
@@ -36,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], dest="fields", help="replace a field: dit.layers=2")
     parser.add_argument("--size", help="width and height of the video, as in 832x480, in place of the config's")
     parser.add_argument("--task", choices=TASKS, default="denoise")
-    parser.add_argument("--topology", default="v5e:2x2", help="as in v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x4")
+    parser.add_argument(
+        "--topology", default="v5e:2x2", help="as in v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x4, h100, h100:8"
+    )
     parser.add_argument(
         "--mesh", type=int, nargs=4, default=[-1, 1, 1, 1], metavar=("DATA", "FSDP", "CONTEXT", "TENSOR")
     )
@@ -53,13 +47,14 @@ def compile_for(config: Config | TrainConfig, topology: str, *, task: str, mesh:
     if isinstance(config, TrainConfig) != (task == "train"):
         raise ValueError(f"{config.name} is not a config for the task {task!r}; train_stableavatar is for training")
     devices = absent_devices(topology)
+    platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
     report = {"config": config.name, "task": task, "topology": topology, "devices": len(devices)}
     with jax.set_mesh(make_mesh(*mesh, devices=devices)):
         report["mesh"] = dict(current().shape)
         started = time.perf_counter()
-        program = TASKS[task](config, count)
+        program = _trace(task, config, count)
         try:
-            compiled = program.traced.lower(lowering_platforms=("tpu",)).compile()
+            compiled = program.traced.lower(lowering_platforms=(platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
             return report | {"fits": False, "needs": _refusal(error)}
         report["compile_seconds"] = time.perf_counter() - started
@@ -79,19 +74,6 @@ def resize(config, size: str | None):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(bucket,)))
 
 
-def absent_devices(topology: str) -> list:
-    """The devices of a slice such as "v5e:4x4", to trace and compile for. ValueError for one that does not exist."""
-    from jax.experimental import topologies
-
-    if topology.split(":")[0] not in CHIPS:
-        raise ValueError(f"there are no figures for the chips of {topology!r}; choose one of {', '.join(CHIPS)}")
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"cannot compile for {topology!r}: {error}; pip install libtpu, and try v5e:2x2") from None
-
-
 def describe(report: dict) -> Table:
     table = Table("of one device", "value", title="{config} {task} on {topology}".format(**report))
     for name, value in report.items():
@@ -105,12 +87,21 @@ def describe(report: dict) -> Table:
     return table
 
 
+def _trace(task: str, config, count: int | None) -> programs.Program:
+    try:
+        return TASKS[task](config, count)
+    except RuntimeError as error:  # of JAX, where it asks for the version of a library that is not there
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(f"attention on a GPU is cuDNN's: {error} {INSTALL_CUDA}") from None
+
+
 def _examine(compiled, program: programs.Program, kind: str, head: int, devices: int) -> dict:
     memory, cost, chip = compiled.memory_analysis(), cost_of(compiled.as_text()), CHIPS[kind]
     assert memory is not None, "the compiler gave no memory analysis"
     times = roofline(cost, chip, head=head)
     return {
-        "fits": True,
+        "fits": memory.peak_memory_in_bytes <= chip.memory,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,

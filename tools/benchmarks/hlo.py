@@ -16,6 +16,7 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # products of queries by keys by head size: those that contract over the head, and the others
 KERNELS = {"dense_attention": (1, 1), "splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # such products of its attention
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # bytes of types whose name does not say
 PLAIN = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}  # of a convolution whose window does not say
 SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
@@ -87,15 +88,14 @@ class _Module:
         for operation in rows.values():
             code = operation.code.removesuffix("-start")
             if code == "while":
-                body, times = operation.calls("body"), self._trips(operation.calls("condition"))
-                total.add(self.cost(body, fused=False), times)
+                total.add(self.cost(operation.calls("body"), fused=False), self._trips(operation))
             elif code in COLLECTIVES:
                 self._count_collective(total, code, operation, rows, computation or "")
             elif code in ("dot", "convolution"):
                 shapes = [_shape(rows[name].type) for name in operation.operands]
                 total.products += {"dot": _dot, "convolution": _convolution}[code](operation, *shapes)
             elif code == "custom-call":
-                _count_kernel(total, operation)
+                _count_call(total, operation, [rows[name].type for name in operation.operands])
             elif code == "conditional":
                 for branch in re.findall(
                     r"%([\w.\-]+)", operation.rest.split("branch_computations=")[-1].split("}")[0]
@@ -111,15 +111,41 @@ class _Module:
                 total.traffic += self._traffic(operation, rows)
         return total
 
-    def _trips(self, condition: str | None) -> int:
-        """A scan counts up from zero to the one constant of its condition, which may lie in a fusion."""
+    def _trips(self, loop: Operation) -> int:
+        """A loop counts up from zero to the one constant of its condition, by the step of its body.
+
+        A scan's step is one; where a product and a gather were made one loop, it is the parts that a round works on.
+        A GPU's compiler says the number itself.
+        """
+        if known := re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = loop.calls("condition")
+        bound = max(self._integers(condition), default=1)
+        counters = [row for row in self.computations[condition].values() if _is_counter(row)]
+        return -(-bound // self._step(loop.calls("body"), counters[0])) if counters else bound
+
+    def _integers(self, computation: str | None) -> list[int]:
+        """The constants of a condition, which may lie in a fusion."""
         found = []
-        for operation in self.computations[condition].values():
-            if operation.code == "constant" and operation.type.startswith("s32[]"):
-                found.append(int(operation.rest.split(")")[0]))
-            elif operation.calls("calls"):
-                found.append(self._trips(operation.calls("calls")))
-        return max(found, default=1)
+        for row in self.computations[computation].values():
+            if row.code == "constant" and row.type.startswith(("s32[]", "u32[]")):
+                found.append(_integer(row))
+            elif called := row.calls("calls"):
+                found += self._integers(called)
+        return found
+
+    def _step(self, body: str | None, counter: Operation) -> int:
+        """What a body adds to the element of its state that the condition looks at."""
+        rows = self.computations[body]
+        index = int(re.findall(r"index=(\d+)", counter.rest)[0])
+        operation = rows[_root(rows).operands[index]]
+        while operation.code == "copy":
+            operation = rows[operation.operands[0]]
+        if called := operation.calls("calls"):
+            rows = self.computations[called]
+            operation = _root(rows)
+        added = [rows[name] for name in operation.operands if rows[name].code == "constant"]
+        return _integer(added[0]) if operation.code == "add" and added else 1
 
     def _count_collective(self, total: Cost, code: str, operation: Operation, rows, computation: str) -> None:
         size = sum(_bytes(rows[name].type) for name in operation.operands)
@@ -152,9 +178,22 @@ class _Module:
         return written + sum(read)
 
 
-def _dot(operation: Operation, left: list[int], right: list[int]) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", operation.rest)
-    axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+def _root(rows: dict[str, Operation]) -> Operation:
+    return list(rows.values())[-1]
+
+
+def _is_counter(row: Operation) -> bool:
+    return row.code == "get-tuple-element" and row.type.startswith(("s32[]", "u32[]"))
+
+
+def _integer(constant: Operation) -> int:
+    return int(constant.rest.split(")")[0])
+
+
+def _dot(operation: Operation, left: list[int], _right: list[int]) -> float:
+    """XLA's own product, or that of a library, whose axes are written as JSON."""
+    contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:] ?[{\[]([\d,"]*)[}\]]', operation.rest)
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])] if contracted else []
     return 2.0 * math.prod(_shape(operation.type)) * math.prod(left[axis] for axis in axes)
 
 
@@ -187,9 +226,23 @@ def _window(rest: str) -> dict[str, list[int]]:
     }
 
 
+def _count_call(total: Cost, operation: Operation, operands: list[str]) -> None:
+    """Kernels, and products that a GPU's compiler leaves to cuBLAS and cuDNN."""
+    found = re.search(r'custom_call_target="([^"]+)"', operation.rest)
+    target = found[1] if found else ""
+    if target == "tpu_custom_call":
+        _count_kernel(total, operation)
+    elif target.startswith("__cublas$"):
+        total.products += _dot(operation, *map(_shape, operands[:2]))
+    elif target.startswith("__cudnn$conv"):
+        total.products += _convolution(operation, *map(_shape, operands[:2]))
+    elif target in CUDNN:
+        queries, keys = map(_shape, operands[:2])  # (B, S, N, K), (B, L, N, K)
+        total.kernel_calls += 1
+        total.kernels += CUDNN[target] * 2.0 * math.prod(queries) * keys[1]
+
+
 def _count_kernel(total: Cost, operation: Operation) -> None:
-    if 'custom_call_target="tpu_custom_call"' not in operation.rest:
-        return
     total.kernel_calls += 1
     name = next((kernel for kernel in KERNELS if operation.name.startswith(kernel)), None)
     if name is None:

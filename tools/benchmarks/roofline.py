@@ -18,13 +18,16 @@ class Chip(NamedTuple):
     tile: int
 
 
-# dense bfloat16; cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x: links are half of "interchip interconnect bandwidth",
+# dense bfloat16. TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x: links are half of "interchip interconnect bandwidth",
 # which is both ways. A v5p is one device of two cores, a tpu7x two devices, and its memory is half of the chip's, unseen.
+# H100 SXM: NVIDIA's data sheet, half of its 1,979 TFLOP/s with sparsity, 80 GB of 3.35 TB/s, half of NVLink's 900 GB/s both
+# ways. JAX takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 CHIPS = {
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 200e9, 128),
     "v5p": Chip(459e12, 95.73 * 2**30, 2765e9, 600e9, 128),
     "v6e": Chip(918e12, 31.24 * 2**30, 1640e9, 400e9, 256),
     "tpu7x": Chip(1153.5e12, 96.0 * 2**30, 3690e9, 300e9, 256),
+    "h100": Chip(989e12, 80e9, 3350e9, 450e9, 64),
 }
 
 
