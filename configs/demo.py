@@ -26,7 +26,7 @@ def config() -> Config:
         dit=DiTConfig(
             width=192,
             heads=3,
-            layers=6,
+            layers=9,
             mlp=768,
             in_channels=132,
             out_channels=64,
