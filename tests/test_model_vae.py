@@ -233,9 +233,11 @@ def test_same_numbers_on_a_mesh(small):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "columns"), [((8, 1, 1, 1), 8), ((2, 2, 2, 1), 6), ((8, 1, 1, 1), 11)])
+@pytest.mark.parametrize(
+    ("sizes", "columns"), [((8, 1, 1, 1), 8), ((2, 2, 2, 1), 6), ((8, 1, 1, 1), 11), ((8, 1, 1, 1), 4)]
+)
 def test_a_video_is_decoded_by_all_devices(small, sizes, columns):
-    """Also where columns do not divide: the first has one on every device, the others lie in parts of unequal size."""
+    """Also where columns do not divide and lie in parts of unequal size, and where they are half as many as devices."""
     latents = np.random.default_rng(11).standard_normal((5, 4, columns, 4)).astype(np.float32)
     alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
     devices = mesh.make_mesh(*sizes)

@@ -22,8 +22,9 @@ from kavatar_jax.config import VAEConfig
 from kavatar_jax.models.vae_layers import ChannelNorm, Downsample, Middle, ResBlock, Upsample, layout, spread, thread
 from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
+from kavatar_jax.parallel.mesh import current
 from kavatar_jax.parallel.programs import program
-from kavatar_jax.parallel.sharding import constrain
+from kavatar_jax.parallel.sharding import constrain, replicated
 from kavatar_jax.types import Params
 
 TRUNCATED_STD = 0.87962566  # of a normal cut at two standard deviations
@@ -77,10 +78,12 @@ def decode_stream(
         raise ValueError(f"pixels is {pixels!r}; choose 'uint8' or 'float32'")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    state, before = None, None
+    state, before, whole = None, None, replicated(current())
     for piece, count, at_hand in _regroup(latents, chunk):
         real = count * config.stride if state else 1
-        frames, state = _decode_chunk(params, piece[None], state, config=config, pixels=pixels)
+        # placed by hand: left to the compiler, it may lie in parts that no mesh has
+        piece = jax.device_put(piece[None], whole)
+        frames, state = _decode_chunk(params, piece, state, config=config, pixels=pixels)
         frames.copy_to_host_async()
         if before is not None:
             yield np.asarray(before[0])[0, : before[1]]
