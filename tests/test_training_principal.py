@@ -79,12 +79,12 @@ def test_noise_on_what_is_decoded(patterns):
     clips = Clips(video=video, face=0 * lip, lip=lip)
     draws = draw(jax.random.key(0), clips, CONFIG)._replace(level=np.array([0.5, 1.0]))
 
+    @jax.jit
     def error(noise):
         config = ReconstructionConfig(spread=0.0, noise=noise)
-        return np.asarray(losses(params, clips, draws, CONFIG, config)["error"])
+        return losses(params, clips, draws, CONFIG, config)["error"]
 
-    def decoded(latents):
-        return np.asarray(vae.decode(params, latents, CONFIG))
+    decoded = jax.jit(lambda latents: vae.decode(params, latents, CONFIG))
 
     alone = decoded(2.0 * draws.level[:, None, None, None, None] * draws.noise) - decoded(0 * draws.noise)
     assert error(0.0).max() < 0.01
