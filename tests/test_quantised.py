@@ -90,7 +90,8 @@ def test_velocity_of_the_demo_stays_near():
     config = read_configs(folder, demo.config()).dit
     wanted = abstract("dit", config)
     places = partition(wanted, dit.AXES, make_mesh(1, devices=jax.devices()[:1]))
-    params, inputs = load_component(folder / "dit", wanted, places), make_inputs(config)
+    inputs = make_inputs(config, timestep=jnp.array([900.0, 300.0]))  # a step of the demo's schedule is never near 0
+    params = load_component(folder / "dit", wanted, places)
     run = jax.jit(
         lambda params, inputs, config: dit.DiT(config).apply({"params": params}, inputs).velocity, static_argnums=2
     )
