@@ -82,8 +82,7 @@ def compile_(
     from kavatar_jax.cascade import ahead, command
 
     order = command.Order(
-        portrait=None, speech=None, out=Path("-"), instruction="", config=config, weights=weights, mode=mode, size=size,
-        fps=fps, steps=steps, seed=0, storyline=None, storyline_out=None, last_frame=None, frames=None, cache=cache,
+        out=Path("-"), config=config, weights=weights, mode=mode, size=size, fps=fps, steps=steps, cache=cache,
         fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
@@ -112,8 +111,7 @@ def batch(
     from kavatar_jax.cascade import batch, command
 
     order = command.Order(
-        portrait=None, speech=None, out=out, instruction="", config=config, weights=weights, mode=mode, size=size, fps=fps,
-        steps=steps, seed=0, storyline=None, storyline_out=None, last_frame=None, frames=None, fields=tuple(set_ or ()),
+        out=out, config=config, weights=weights, mode=mode, size=size, fps=fps, steps=steps, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         if not batch.run(manifest, order):
@@ -153,8 +151,7 @@ def stream(
 
     order = command.Order(
         portrait=portrait, speech=speech, out=out, instruction=instruction, config=config, weights=weights,
-        mode="single", size=size, fps=fps, steps=steps, seed=seed, storyline=None, storyline_out=None,
-        last_frame=None, frames=None, cache=cache, fields=tuple(set_ or ()),
+        size=size, fps=fps, steps=steps, seed=seed, cache=cache, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         run(order, rate=rate, follow=follow)

@@ -48,9 +48,8 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     order = command.Order(
         portrait=arguments.portrait, speech=arguments.speech, out=arguments.out, instruction=arguments.instruction,
-        config=arguments.config, weights=arguments.weights, mode=arguments.mode, size=arguments.size, fps=None, steps=None,
-        seed=arguments.seed, storyline=None, storyline_out=None, last_frame=arguments.last_frame, frames=None,
-        fields=tuple(arguments.fields),
+        config=arguments.config, weights=arguments.weights, mode=arguments.mode, size=arguments.size, seed=arguments.seed,
+        last_frame=arguments.last_frame, fields=tuple(arguments.fields),
     )  # fmt: skip
     try:
         if not arguments.out.parent.is_dir() or arguments.out.is_dir():

@@ -40,10 +40,10 @@ def run(order: Order, lengths: str) -> None:
         console.print(f"{name.strip('_')}: {duration:.1f} s, {kept}")
 
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
-        weights = describe_weights(find_weights(order, config), config)
+        weights, portrait = describe_weights(find_weights(order, config), config), read_portrait(order, config)
         for length in seconds:
             speech = Speech(samples=np.zeros(round(length * SAMPLE_RATE), np.float32))
-            request = Request(portrait=read_portrait(order, config), speech=speech, instruction=order.instruction)
+            request = Request(portrait=portrait, speech=speech, instruction=order.instruction)
             for _ in draw(order, request, direct(request), weights, config, silent).images:
                 pass
     count, size = store.content()

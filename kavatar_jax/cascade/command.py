@@ -47,24 +47,24 @@ UNTRAINED_SEED = 0  # of the networks that stand in where there are no weights f
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """The command line, as typed."""
+    """The command line, as typed; what a command does not ask for is at rest."""
 
-    portrait: Path | None
-    speech: Path | None
     out: Path
-    instruction: str
-    config: str
-    weights: Path | None
-    mode: str
-    size: str
-    fps: int | None
-    steps: int | None
-    seed: int
-    storyline: Path | None
-    storyline_out: Path | None
-    last_frame: Path | None
-    frames: int | None
-    fields: tuple[str, ...]
+    portrait: Path | None = None
+    speech: Path | None = None
+    instruction: str = ""
+    config: str = ""
+    weights: Path | None = None
+    mode: str = "single"
+    size: str = ""
+    fps: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    storyline: Path | None = None
+    storyline_out: Path | None = None
+    last_frame: Path | None = None
+    frames: int | None = None
+    fields: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
     lora_unused: str = "refuse"
     cache: Path | None = None
