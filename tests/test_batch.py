@@ -29,7 +29,7 @@ from kavatar_jax.cascade.weights import draw_untrained
 from kavatar_jax.config import set_fields
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
-from kavatar_jax.media.video import probe
+from kavatar_jax.media.video import probe, read_frames
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import SAMPLE_RATE, silent
 from tests.tones import make_request
@@ -112,6 +112,21 @@ def test_a_video_is_the_same_alone_and_beside_others(inputs, made, tmp_path, job
     alone = write_manifest(inputs, "alone.jsonl", [line_of(job)])
     assert kavatar(alone, tmp_path).exit_code == 0
     assert videos(tmp_path) == {f"{job[0]}.mp4": videos(made)[f"{job[0]}.mp4"]}
+
+
+def test_a_batch_may_shard_its_weights(inputs, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", jax.devices)
+    meshes = []
+    monkeypatch.setattr(
+        batch, "make_mesh", lambda *sizes, **more: meshes.append(make_mesh(*sizes, **more)) or meshes[-1]
+    )
+    alone = write_manifest(inputs, "alone.jsonl", [line_of(JOBS[0])])
+    result = kavatar(alone, tmp_path, "--set", "mesh.fsdp=2")
+    assert result.exit_code == 0, result.output
+    assert dict(meshes[0].shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
+    name = f"{JOBS[0][0]}.mp4"
+    pairs = zip(read_frames(tmp_path / name), read_frames(made / name), strict=True)
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in pairs) < 0.5
 
 
 def test_what_is_done_is_skipped_and_what_is_not_is_made_again(inputs, made, tmp_path, monkeypatch):

@@ -63,8 +63,11 @@ def test_portraits_stay_themselves(performed):
 
 def test_what_the_weights_know_is_said(performed, tmp_path):
     assert "puppets only" in performed[0][2]
-    said = generate("--out", tmp_path / "video.mp4", "--size", "64x64", "--mode", "single", "--steps", "1")
+    little = ("--size", "64x64", "--mode", "single", "--steps", "1")
+    said = generate("--out", tmp_path / "video.mp4", *little)
     assert "128x128 only" in said and "puppets only" not in said
+    generate("--weights", command.DEMO, "--out", tmp_path / "same.mp4", *little)  # the config is told from the weights
+    assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "video.mp4").read_bytes()
 
 
 def test_they_are_whole_and_small():

@@ -5,9 +5,11 @@ import numpy as np
 from scipy import ndimage
 
 from configs import demo
+from kavatar_jax.cascade.command import DEMO
 from kavatar_jax.checkpoint.weights import save_component
 from kavatar_jax.models import vae
-from tools import gate
+from kavatar_jax.models.vae import scatter
+from tools import gate, mouths
 
 
 def test_what_comes_back_is_judged(tmp_path):
@@ -26,3 +28,13 @@ def test_an_untrained_autoencoder_does_not_pass(tmp_path, capsys):
     assert gate.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("gate: ")
     assert np.isfinite(gate.measure(gate.open_autoencoder(tmp_path), 3, 9)["psnr"])
+
+
+def test_channels_that_change_within_a_latent_tell_more_of_mouths(capsys):
+    params, config = gate.read_autoencoder(DEMO)
+    shares = mouths.mouth_shares(params, config, clips=4, frames=17, size=128)
+    kernel = np.asarray(params["decoder"]["bypass"]["kernel"], np.float32)
+    frames = np.asarray(scatter(kernel[:, None, None, None], config, starts=False))  # of each channel alone
+    quick = frames.var(axis=1).mean(axis=(1, 2, 3)) / np.square(frames).mean(axis=(1, 2, 3, 4))
+    assert shares[quick > 0.5].mean() > 1.3 * shares[quick < 0.1].mean() and shares.min() > 0
+    assert mouths.main(["nowhere"]) == 2 and capsys.readouterr().err.startswith("mouths: ")

@@ -307,12 +307,22 @@ def test_actions_cameras_and_emotions_do_what_they_say():
     assert hand["hand"].max() == 1 and hand["hand_side"][40] == -1 and np.ptp(hand["wave"]) > 1
     assert acted(action="lean in")["lean"].max() > 0.6 > -0.6 > acted(action="lean back")["lean"].min()
     assert acted(action="tilt head")["roll"].min() < -6
-    assert acted(camera="zoom in")["zoom"][-1] > 1.14 and acted(camera="zoom out")["zoom"][-1] < 0.91
-    assert acted(camera="pan left")["pan_x"][-1] < -0.12 and acted(camera="pan right")["pan_x"][-1] > 0.12
     assert acted(emotion="smile")["smile"].mean() > 0.4 and acted(emotion="frown")["smile"].mean() < -0.4
     for emotion, action, camera in (("angry", "nod", "static"), ("smile", "jump", "static"), ("smile", "nod", "roll")):
         with pytest.raises(ValueError, match="unknown"):
             performance.Script(emotion=emotion, camera=camera, actions=(performance.Action(action, 0, 1),))
+
+
+@pytest.mark.parametrize(
+    "camera, name, rest, far",
+    [("zoom in", "zoom", 1, 0.14), ("zoom out", "zoom", 1, -0.09), ("pan left", "pan_x", 0, -0.12),
+     ("pan right", "pan_x", 0, 0.12)],
+)  # fmt: skip
+def test_clips_are_stretches_of_camera_moves(camera, name, rest, far):
+    ways = np.stack([acted(seed, camera=camera)[name] - rest for seed in range(12)]) / far
+    assert (np.diff(ways) >= 0).all() and (np.ptp(ways, axis=1) > 0.05).all()
+    assert ways[:, 0].min() < 0.05 < 0.5 < ways[:, 0].max()  # from the first of the move, or later
+    assert ways[:, -1].min() < 0.7 and ways[:, -1].max() > 1  # and not always to its end
 
 
 def test_motion_is_smooth_and_within_range_and_eyes_blink():

@@ -76,25 +76,42 @@ def test_clean_prediction_with_a_clipped_weight_is_an_error_of_clean_latents():
 
 
 def test_channels_weigh_as_told_against_one_another():
-    rng = np.random.default_rng(0)
-    predicted, target = rng.standard_normal((2, 2, 3, 4, 4, 3)).astype(np.float32)
-    ones, goal = np.ones((2, 3, 4, 4), np.float32), ObjectiveConfig(motion="none")
+    face, lip, gamma = jnp.zeros((2, 3, 4, 4)), jnp.zeros((2, 3, 4, 4)).at[:, :, 1, 2].set(0.5), jnp.zeros(2)
+    goal = ObjectiveConfig(motion="none", weighting="none", lip_weight=9.0)
     told = replace(goal, channels=(1.0, 2.0, 9.0))  # of which the mean is 4
-    each = np.square(predicted - target).mean(axis=(1, 2, 3))
-    found = objective.velocity_loss(predicted, target, ones, told)
-    np.testing.assert_allclose(found, (each * [0.25, 0.5, 2.25]).mean(axis=-1), rtol=1e-5)
-    alike = objective.velocity_loss(predicted, target, ones, replace(goal, channels=(7.0,) * 3))
-    np.testing.assert_allclose(alike, objective.velocity_loss(predicted, target, ones, goal), rtol=1e-6)
-    with pytest.raises(ValueError, match="16 latent"):
-        replace(train_tiny.config(), objective=told)
+    weight = objective.loss_weight(gamma, face, lip, told)
+    np.testing.assert_allclose(weight[:, :, 0, 0], np.broadcast_to([0.25, 0.5, 2.25], (2, 3, 3)))
+    np.testing.assert_allclose(weight[:, :, 1, 2], np.broadcast_to([1.25, 2.5, 11.25], (2, 3, 3)))
+    apart = objective.loss_weight(gamma, face, lip, replace(told, lip_channels=(4.0, 2.0, 0.3)))  # a mean of 2.1
+    np.testing.assert_allclose(apart[:, :, 0, 0], weight[:, :, 0, 0])
+    np.testing.assert_allclose(apart[0, 0, 1, 2], [0.25 + 16 / 2.1, 0.5 + 8 / 2.1, 2.25 + 1.2 / 2.1], rtol=1e-6)
+    alike = objective.loss_weight(gamma, face, lip, replace(goal, channels=(7.0,) * 3))
+    np.testing.assert_allclose(*jnp.broadcast_arrays(alike, objective.loss_weight(gamma, face, lip, goal)), rtol=1e-6)
+    for name in ("channels", "lip_channels"):
+        with pytest.raises(ValueError, match=f"objective.{name} are 3, and there are 16 latent"):
+            replace(train_tiny.config(), objective=replace(goal, **{name: (1.0, 2.0, 9.0)}))
+        with pytest.raises(ValueError, match="weights above 0, and one is 0"):
+            replace(goal, **{name: (1.0, 0.0)})
+
+
+def test_velocities_err_by_weight_and_by_motion():
+    rng = np.random.default_rng(0)
+    predicted, target, weight = rng.uniform(0.5, 2, (3, 2, 3, 4, 4, 3)).astype(np.float32)
+    still = ObjectiveConfig(motion="none", channels=(1.0, 2.0, 9.0))
+    wanted = (np.square(predicted - target) * weight).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(objective.velocity_loss(predicted, target, weight, still), wanted, rtol=1e-5)
+    steps = np.square(np.diff(predicted - target, axis=1)) * [0.25, 0.5, 2.25]
+    moving = replace(still, motion="frames", motion_weight=1.0)
+    found = objective.velocity_loss(predicted, target, weight, moving)
+    np.testing.assert_allclose(found, steps.mean(axis=(1, 2, 3, 4)), rtol=1e-5)
 
 
 def test_mask_weights():
     face, lip = jnp.full((4, 1, 1, 1), 0.5), jnp.full((4, 1, 1, 1), 0.25)
     gamma = jnp.float32([0.39, 0.4, 0.5, 0.99])
-    weight = objective.mask_weight(gamma, face, lip, ObjectiveConfig())
+    weight = objective.loss_weight(gamma, face, lip, ObjectiveConfig())
     np.testing.assert_allclose(weight.ravel(), [1.75, 0.5, 0.25, 0.25])
-    flat = objective.mask_weight(gamma, face, lip, ObjectiveConfig(weighting="none", lip_weight=9.0))
+    flat = objective.loss_weight(gamma, face, lip, ObjectiveConfig(weighting="none", lip_weight=9.0))
     np.testing.assert_allclose(flat.ravel(), 1 + 8 * 0.25)
 
 

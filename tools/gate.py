@@ -25,6 +25,7 @@ from kavatar_jax.puppets.measure import read
 from kavatar_jax.puppets.records import Records, RecordsConfig
 from kavatar_jax.puppets.state import column
 from kavatar_jax.training.reconstruction import reconstruct
+from kavatar_jax.types import Params
 
 STILLS = 7  # of each clip, on the sheet
 
@@ -55,12 +56,16 @@ def main(words: list[str] | None = None) -> int:
     return 0 if passed else 1
 
 
-def open_autoencoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function of one clip, (F, H, W, 3) uint8, that gives what comes back of it."""
+def read_autoencoder(folder: Path) -> tuple[Params, VAEConfig]:
     config = read_config(folder / "vae", VAEConfig)
     wanted = abstract("vae", config)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = load_component(folder / "vae", wanted, jax.tree.map(lambda _: place, wanted))
+    return load_component(folder / "vae", wanted, jax.tree.map(lambda _: place, wanted)), config
+
+
+def open_autoencoder(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of one clip, (F, H, W, 3) uint8, that gives what comes back of it."""
+    params, config = read_autoencoder(folder)
     there_and_back = jax.jit(lambda video: reconstruct(params, video, config))
     return lambda video: np.asarray(there_and_back(video[None])[0])
 

@@ -79,7 +79,7 @@ def run(manifest: Path, order: Order) -> bool:
 
 def _make_all(jobs: list[Job], config: Config, ledger: Ledger, console: Console) -> int:
     """How many could not be made."""
-    mesh = make_mesh(devices=jax.local_devices())
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=jax.local_devices())
     with jax.set_mesh(mesh), Display(console) as display:
         weights = open_weights(jobs[0].order, config, console)
         display("loading weights", 1, 1)

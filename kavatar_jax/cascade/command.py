@@ -16,7 +16,7 @@ import kavatar_jax
 from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.film import pictures_wanted
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass, generate_without_speech
-from kavatar_jax.cascade.weights import Weights, draw_untrained, load_weights, read_configs, read_lora_files
+from kavatar_jax.cascade.weights import Weights, alike, draw_untrained, load_weights, read_configs, read_lora_files
 from kavatar_jax.checkpoint.lora import Changes
 from kavatar_jax.checkpoint.weights import NO_CHANGES
 from kavatar_jax.config import Config, load_config, set_fields
@@ -250,7 +250,7 @@ def _usual_config(order: Order) -> str:
                 "untrained with --config wan:tiny"
             )
         return PLAIN_CONFIGS[_pictures_given(order)]
-    return "demo" if order.weights is None else "stableavatar"
+    return "demo" if order.weights is None or alike(order.weights, load_config("demo")) else "stableavatar"
 
 
 def _check_network(order: Order, config: Config) -> None:

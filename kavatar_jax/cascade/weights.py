@@ -68,6 +68,11 @@ def read_configs(folder: Path, config: Config) -> Config:
     return read
 
 
+def alike(folder: Path, config: Config) -> bool:
+    """Whether the weights directory's transformer works on latents such as the config's."""
+    return _is_there(folder, "dit") and read_stored(folder, "dit", config.dit).out_channels == config.dit.out_channels
+
+
 def load_weights(folder: Path, config: Config, *, changes: Changes = NO_CHANGES) -> Weights:
     """Read every network onto the current mesh, sharded by its AXES; changes: added to the transformer."""
     check_complete(folder, config.dit)

@@ -172,8 +172,12 @@ def _act(track, times, action: Action, rng):
 
 
 def _film(track, times, camera: str, rng):
-    """A camera move that begins with the clip at zoom 1 and fills it."""
-    done = _ease(times / (times[-1] + times[0]))
+    """A camera move of which the clip is a stretch: it may have begun before, at zoom 1, and may end after it.
+
+    Windows of a long video are such stretches; of moves that all begin with their clip, every window would begin anew.
+    """
+    long = rng.uniform(1, 3)  # in clips
+    done = _ease((rng.uniform(0, long - 1) + times / (times[-1] + times[0])) / long)
     if camera == "zoom in":
         track["zoom"] += rng.uniform(0.16, 0.26) * done
     elif camera == "zoom out":

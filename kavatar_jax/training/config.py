@@ -103,7 +103,8 @@ class ObjectiveConfig:
 
     posterior: latents are its "mode", a "sample", or a "released" sample (noise not divided by the latent statistics)
     timesteps: "uniform" or "logit_normal" (mean, std), then moved by `shift`; stratified: one slice of the range each
-    channels: what errors of each latent channel weigh against one another, () for all alike
+    channels: what errors of each latent channel weigh against one another, () for all alike; lip_channels: the same of the
+    errors that `lip_weight` adds, () for as everywhere
     least_sigma: errors of the velocity are weighted by (sigma / max(sigma, least_sigma))^2; 0 for no weight
     weighting: "piecewise" is StableAvatar's random use of the masks; lip_weight: of the loss inside the lip mask
     masks: to latent size "released" (trilinear, evenly in time) or "grouped" (mean over the pixels of each latent)
@@ -120,6 +121,7 @@ class ObjectiveConfig:
     stratified: bool = True
     least_sigma: float = 0.0
     channels: tuple[float, ...] = ()
+    lip_channels: tuple[float, ...] = ()
     weighting: str = "piecewise"
     lip_weight: float = 1.0
     masks: str = "grouped"
@@ -138,8 +140,9 @@ class ObjectiveConfig:
         _one_of("objective.masks", self.masks, ("released", "grouped"))
         _one_of("objective.motion", self.motion, ("frames", "channels", "none"))
         _one_of("objective.silence", self.silence, ("features", "tokens"))
-        if self.channels and min(self.channels) <= 0:
-            raise ValueError(f"objective.channels are weights above 0, and one is {min(self.channels)}")
+        for name in ("channels", "lip_channels"):
+            if min(getattr(self, name), default=1) <= 0:
+                raise ValueError(f"objective.{name} are weights above 0, and one is {min(getattr(self, name))}")
         for name in ("motion_weight", "drop_audio", "drop_text", "drop_image", "clip_level", "least_sigma"):
             _share(f"objective.{name}", getattr(self, name))
         _positive("objective.lip_weight", self.lip_weight)
@@ -298,11 +301,10 @@ class TrainConfig:
             raise ValueError(
                 f"dit.quantised is {self.model.dit.quantised!r}; rounding has no gradient, so train without it"
             )
-        if self.objective.channels and len(self.objective.channels) != self.model.dit.out_channels:
-            raise ValueError(
-                f"objective.channels are {len(self.objective.channels)}, and there are {self.model.dit.out_channels} latent "
-                "channels"
-            )
+        for name in ("channels", "lip_channels"):
+            given, latent = len(getattr(self.objective, name)), self.model.dit.out_channels
+            if given not in (0, latent):
+                raise ValueError(f"objective.{name} are {given}, and there are {latent} latent channels")
         for bucket in self.data.buckets:
             if bucket.batch % self.optimizer.accumulate:
                 raise ValueError(

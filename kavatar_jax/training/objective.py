@@ -97,7 +97,7 @@ def losses(
     inputs = _inputs(params, lora, batch, blank, draws, noisy, model, config)
     predicted = DiT(dit, clip_level).apply({"params": params["dit"], "lora": lora.get("dit", {})}, inputs).velocity
     target = target_velocity(clean, draws.noise)
-    weight = mask_weight(draws.gamma, batch.face, batch.lip, config)
+    weight = loss_weight(draws.gamma, batch.face, batch.lip, config)
     # all ones where least_sigma is 0; else of velocities near no noise, where a clean prediction's are off without bound
     scale = jnp.square(draws.sigma / jnp.maximum(draws.sigma, config.least_sigma))
     error = jnp.mean(jnp.square(predicted - target), axis=-1) * _along(scale, predicted[..., 0])
@@ -109,26 +109,35 @@ def losses(
     }
 
 
-def velocity_loss(predicted, target, weight_BTHW, config: ObjectiveConfig):
+def velocity_loss(predicted, target, weight_BTHWC, config: ObjectiveConfig):
     """Weighted square error of (B, T, H, W, C) velocities, a mean over all elements, and the motion term: (B,)."""
     difference = predicted - target
-    if config.channels:
-        difference = difference * np.sqrt(np.float32(config.channels) / np.mean(config.channels))
-    masked = jnp.mean(jnp.square(difference) * weight_BTHW[..., None], axis=(1, 2, 3, 4))
+    masked = jnp.mean(jnp.square(difference) * weight_BTHWC, axis=(1, 2, 3, 4))
     if config.motion == "none":
         return masked
-    motion = jnp.diff(difference, axis=1 if config.motion == "frames" else 4)
+    motion = jnp.diff(difference * np.sqrt(_shares(config.channels)), axis=1 if config.motion == "frames" else 4)
     motion = jnp.mean(jnp.square(motion), axis=(1, 2, 3, 4)) if motion.size else jnp.zeros_like(masked)
     return (1 - config.motion_weight) * masked + config.motion_weight * motion
 
 
-def mask_weight(gamma_B, face, lip, config: ObjectiveConfig):
-    """The loss's weight, (B, T, H, W): 1 + face + lip for gamma below 0.4, face below 0.5, lip from there on."""
+def loss_weight(gamma_B, face, lip, config: ObjectiveConfig):
+    """The loss's weight, (B, T, H, W, C) or with C 1 where all channels are alike.
+
+    Of the masks it is 1 + face + lip for gamma below 0.4, face below 0.5, lip from there on; of the channels
+    config.channels, and config.lip_channels for what config.lip_weight adds in the lips.
+    """
     weight = jnp.ones_like(face)
     if config.weighting == "piecewise":
         gamma = gamma_B[:, None, None, None]
         weight = jnp.where(gamma < PIECES[0], 1 + face + lip, jnp.where(gamma < PIECES[1], face, lip))
-    return weight * (1 + (config.lip_weight - 1) * lip)
+    more = (config.lip_weight - 1) * lip[..., None] * _shares(config.lip_channels or config.channels)
+    return weight[..., None] * (_shares(config.channels) + more)
+
+
+def _shares(channels: tuple[float, ...]) -> np.ndarray:
+    """Weights of channels with a mean of one."""
+    weights = np.array(channels or (1.0,), np.float32)
+    return weights / weights.mean()
 
 
 def build_condition(batch: Batch, draws: Draws, model: Config, config: ObjectiveConfig):

@@ -8,7 +8,7 @@ import numpy as np
 
 from kavatar_jax.diffusion.flow import add_noise, target_velocity
 from kavatar_jax.training.config import ObjectiveConfig
-from kavatar_jax.training.objective import mask_weight, resize_masks, velocity_loss
+from kavatar_jax.training.objective import loss_weight, resize_masks, velocity_loss
 from tools.reference.synthetic_weights import Fixture
 
 FIXTURES = ("loss",)
@@ -27,7 +27,7 @@ def run(fixture: Fixture) -> Iterator[tuple[str, np.ndarray]]:
         yield f"{name}/lip_mask", np.asarray(lip)[:, None]
         rows, target = [], target_velocity(x0, noise)
         for gamma in case["gammas"]:
-            weight = mask_weight(jnp.full(len(x0), gamma), face, lip, RELEASED)
+            weight = loss_weight(jnp.full(len(x0), gamma), face, lip, RELEASED)
             rows.append((gamma, *(float(_loss(predicted, target, weight, share)) for share in (0.0, 1.0, 0.25))))
             gradient = jax.grad(_loss)(predicted, target, weight, RELEASED.motion_weight)
             yield f"{name}/grad_gamma_{gamma}", 1000 * _channels_first(gradient)
