@@ -60,7 +60,7 @@ def config() -> Config:
             steps=8,
             shift=1.5,
             double_shift=False,
-            text_scale=2.0,
+            text_scale=3.0,
             audio_scale=2.0,
             window_frames=33,
             overlap=3,
