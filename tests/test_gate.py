@@ -37,4 +37,5 @@ def test_channels_that_change_within_a_latent_tell_more_of_mouths(capsys):
     frames = np.asarray(scatter(kernel[:, None, None, None], config, starts=False))  # of each channel alone
     quick = frames.var(axis=1).mean(axis=(1, 2, 3)) / np.square(frames).mean(axis=(1, 2, 3, 4))
     assert shares[quick > 0.5].mean() > 1.3 * shares[quick < 0.1].mean() and shares.min() > 0
-    assert mouths.main(["nowhere"]) == 2 and capsys.readouterr().err.startswith("mouths: ")
+    for words in (["nowhere"], [str(DEMO), "--clips", "0"], [str(DEMO), "--frames", "10"]):
+        assert mouths.main(words) == 2 and capsys.readouterr().err.startswith("mouths: ")

@@ -33,6 +33,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="width and height of a clip")
     arguments = parser.parse_args(words)
     try:
+        if arguments.clips < 1:
+            raise ValueError(f"--clips is {arguments.clips}; it must be at least 1")
+        if arguments.frames < 5 or arguments.frames % 4 != 1:
+            raise ValueError(f"--frames is {arguments.frames}; it must be 4n+1, and at least 5")
         shares = mouth_shares(
             *read_autoencoder(arguments.weights), clips=arguments.clips, frames=arguments.frames, size=arguments.size
         )
