@@ -54,7 +54,7 @@ def config() -> Config:
         ),
         text=UMT5Config(vocabulary=260, width=64, heads=4, head_width=16, mlp=128, layers=2),
         image=CLIPConfig(width=64, heads=4, layers=3, mlp=256, image_size=224, patch=14, embedding=32),
-        speech=WhisperConfig(width=96, heads=3, layers=3, mlp=384, bands=40, positions=128, filled=False),
+        speech=WhisperConfig(width=96, heads=3, layers=3, mlp=384, bands=40, positions=256, filled=False, memory=150),
         negative_prompt="blurry, distorted",
         sampling=SamplingConfig(
             steps=8,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kavatar_jax.types import SPEECH_TOKEN
+
 
 @dataclass(frozen=True, kw_only=True)
 class AudioAdapterConfig:
@@ -146,7 +148,8 @@ class CLIPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2Vec2Config:
-    """wav2vec 2.0. stable: layer norms before the sublayers and in every convolution (the large models)."""
+    """wav2vec 2.0. stable: layer norms before the sublayers and in every convolution (the large models); memory: as
+    WhisperConfig's."""
 
     width: int
     heads: int
@@ -159,6 +162,7 @@ class Wav2Vec2Config:
     position_groups: int
     stable: bool
     conv_bias: bool
+    memory: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -166,7 +170,8 @@ class Wav2Vec2Config:
 @dataclass(frozen=True, kw_only=True)
 class WhisperConfig:
     """Whisper's encoder. bands: of the log-mel energies; positions: of 20 ms each that it knows; filled: whether every
-    recording is filled up with silence to all of them, as the published models were trained."""
+    recording is filled up with silence to all of them, as the published models were trained; memory: how many vectors of
+    20 ms before a window it hears too, to know how loud loud is, and gives none of."""
 
     width: int
     heads: int
@@ -175,6 +180,7 @@ class WhisperConfig:
     bands: int = 80
     positions: int = 1500
     filled: bool = True
+    memory: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -355,6 +361,11 @@ class Config:
     def grain(self) -> int:
         """Pixels per token of the transformer, each way; sizes are multiples of it."""
         return self.vae.side * max(self.dit.patch[1:])
+
+    @property
+    def memory(self) -> int:
+        """Samples before a window that the speech encoder hears too."""
+        return self.speech.memory * SPEECH_TOKEN
 
 
 def load_config(name: str) -> Config:

@@ -23,6 +23,7 @@ from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.audio_adapter import ABSENT, NEIGHBOURS, SILENCE
+from kavatar_jax.models.components import model_of
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.types import SAMPLE_RATE, Blueprint, silent
 from tests.tones import make_request
@@ -67,6 +68,28 @@ def test_every_latent_frame_hears_its_own_frames(config, weights, fps, seconds):
             assert heard[0] <= first / fps + 0.02 and heard[-1] + 0.045 >= (last + 1) / fps
             # and hardly more than the neighbours that widen every slice
             assert heard[-1] - (last + 1) / fps < (NEIGHBOURS + 3) * 0.02
+
+
+@pytest.mark.parametrize("speech", [None, demo.config().speech])
+def test_an_encoder_with_a_memory_hears_what_came_before(config, weights, speech):
+    """The window's sound and the memory's before it, silence before the beginning; and the frames read the same tokens."""
+    config = dataclasses.replace(config, speech=dataclasses.replace(speech or config.speech, memory=40))
+    module = model_of("speech", config.speech)
+    params = weights.speech if speech is None else module.init(config.speech, jax.random.key(0))
+    samples = make_request(config, 3.0, beat=0.7).speech.samples
+    windows = plan_windows(len(samples), config)
+    spans = spans_of_windows(windows, len(samples), 25, config.sampling)
+    features, slices = hear(samples, spans, params, config)
+    forgetful = dataclasses.replace(config, speech=dataclasses.replace(config.speech, memory=0))
+    alone, same = hear(samples, spans, params, forgetful)
+    np.testing.assert_array_equal(slices, same)
+    assert config.memory == 40 * 320 and features.shape == alone.shape
+    for k, (start, end) in enumerate(spans[: windows.count]):
+        heard = samples[max(start - 12800, 0) : end]
+        silence = max(12800 - start, 0), max(end - len(samples), 0)
+        whole = module.listen(params, np.pad(module.normalise(heard), silence)[None], forgetful.speech)[0]
+        np.testing.assert_allclose(features[k, : len(whole) - 40], whole[40:], atol=2e-4)  # of size one
+        assert np.abs(features[k] - alone[k]).max() > 0.01
 
 
 def test_released_windows_hear_84_frames_and_the_last_what_is_left(config, weights):

@@ -198,6 +198,17 @@ def test_energy_is_rms_in_decibels_and_one_value_a_frame(hop):
     assert (energy[-int(0.9 / hop) :] == -120).all()
 
 
+def test_long_recordings_are_measured_as_short_ones():
+    """The energy is worked out a stretch at a time, and no edge of a stretch shows; nor does the filter start anew."""
+    rng = np.random.default_rng(3)
+    samples = (0.1 * rng.standard_normal(75 * SAMPLE_RATE) * rng.uniform(0, 1, 75).repeat(SAMPLE_RATE)).astype(
+        np.float32
+    )
+    for contour in (lambda x: audio.energy_contour(x, hop=0.04), audio._energy_above_hum):
+        whole, late = (contour(Speech(samples=x)) for x in (samples, samples[10 * SAMPLE_RATE :]))
+        np.testing.assert_allclose(whole[len(whole) - len(late) :][10:], late[10:], atol=1e-3)
+
+
 def test_pitch_follows_a_glide_and_is_nan_without_voice():
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     hz = 110 * 2**t  # two octaves: 110 to 440

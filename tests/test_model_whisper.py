@@ -11,9 +11,9 @@ import pytest
 from configs import demo
 from kavatar_jax.models import whisper
 from kavatar_jax.models.components import COMPONENTS
-from kavatar_jax.types import SAMPLE_RATE
+from kavatar_jax.types import SAMPLE_RATE, SPEECH_TOKEN
 
-CONFIG = demo.config().speech
+CONFIG = replace(demo.config().speech, memory=0)
 
 
 def tone(hertz, seconds=1.0):
@@ -52,9 +52,18 @@ def test_what_is_past_a_whole_token_is_not_heard_and_silence_is_filled_in():
     assert heard.shape == (1, whisper.token_count(6500, CONFIG), CONFIG.width) == (1, 20, 96)
     np.testing.assert_array_equal(heard, whisper.listen(params, samples[:, :6400], CONFIG))
     filled = replace(CONFIG, filled=True)
-    rest = CONFIG.positions * whisper.TOKEN - 6400
+    rest = CONFIG.positions * SPEECH_TOKEN - 6400
     longer = whisper.listen(params, np.pad(samples[:, :6400], ((0, 0), (0, rest))), CONFIG)
     np.testing.assert_allclose(whisper.listen(params, samples[:, :6400], filled), longer[:, :20], atol=1e-5)
+
+
+def test_an_encoder_with_a_memory_hears_more_than_it_tells():
+    params = whisper.init(CONFIG, jax.random.key(0))
+    samples = 0.1 * np.random.default_rng(2).standard_normal((2, 6400)).astype(np.float32)
+    told = whisper.listen(params, samples, replace(CONFIG, memory=12))
+    np.testing.assert_array_equal(told, whisper.listen(params, samples, CONFIG)[:, 12:])
+    alone = whisper.listen(params, samples[:, 12 * SPEECH_TOKEN :], CONFIG)
+    assert told.shape == alone.shape and np.abs(told - alone).max() > 0.01
 
 
 def test_every_kind_has_the_interface():

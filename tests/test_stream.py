@@ -96,6 +96,7 @@ def test_a_wave_equals_lock_step(solver, fusion, stride, count, group):
         (3.0, 5000, 2, ["sampling.solver=dpm++", "sampling.steps=3", "sampling.overlap=4", "sampling.fusion=none"]),
         (2.5, 160, 1, ["sampling.overlap=0"]),
         (1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3", "sampling.frame_scale=1.5"]),
+        (4.0, 3000, 1, ["speech.memory=70"]),
     ],
 )
 def test_speech_in_pieces_gives_what_the_whole_speech_gives(config, weights, seconds, size, group, fields):

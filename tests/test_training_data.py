@@ -31,6 +31,7 @@ from kavatar_jax.training.config import (
 )
 from kavatar_jax.training.prepared import views_of
 from kavatar_jax.training.sources import MEANINGS, STRETCHES, open_source
+from kavatar_jax.types import SPEECH_TOKEN
 from tests.puppet_batches import OTHER_SIZES, PUPPETS, SIZES, puppet_row, take
 
 
@@ -114,6 +115,30 @@ def test_voices_come_with_their_mouths():
     mouth = np.concatenate([part["mouth"] for part in parts])
     np.testing.assert_array_equal(mouth[:, 0], column(whole.state, "mouth_open"))
     np.testing.assert_array_equal(mouth[:, 1], column(whole.state, "mouth_width"))
+
+
+def test_clips_come_with_what_was_heard_before(tmp_path):
+    """In the world a recording begins somewhere in the memory or before it; stretches of one follow each other."""
+    bucket, memory = Bucket(width=32, height=32, frames=9, batch=4), 40 * SPEECH_TOKEN
+    source = open_source(DataConfig(source="voices", buckets=(bucket,)), bucket, 25, memory)
+    parts = [source.record(index, None)["samples"] for index in range(8 * STRETCHES)]
+    assert {len(part) for part in parts} == {memory + 9 * 640}
+    for index in range(1, len(parts)):
+        if index % STRETCHES:
+            np.testing.assert_array_equal(parts[index][: -9 * 640], parts[index - 1][9 * 640 :])
+    began = [np.flatnonzero(part)[0] for part in parts[::STRETCHES]]
+    assert {0 < first < memory for first in began} == {False, True} and min(began) == 0
+    pictures = replace(PUPPETS, driven=0.5)
+    remembers, forgets = (open_source(pictures, PUPPETS.buckets[0], 25, n).record(3, None) for n in (memory, 0))
+    assert len(remembers["samples"]) == memory + len(forgets["samples"])
+
+    config = clip_folders(tmp_path)
+    taken = data.Records(config, config.buckets[0], 25, memory).take(0, np.random.default_rng(3))["samples"]
+    assert len(taken) == memory + 5 * 640
+    level = taken[memory:][::640]  # frame i of the file sounds i / 100
+    start = round(100 * level[0])
+    assert start > 0 and not taken[: memory - 640 * start].any()
+    np.testing.assert_allclose(taken[memory - 640 * start :: 640], np.arange(start + 5) / 100, atol=0.02)
 
 
 def test_answers_of_a_speech_encoder_are_held_against_their_frames(monkeypatch):

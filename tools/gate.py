@@ -42,6 +42,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="the clips, and below each what came back")
     arguments = parser.parse_args(words)
     try:
+        if arguments.frames < 5 or arguments.frames % 4 != 1:
+            raise ValueError(f"--frames is {arguments.frames}; it must be 4n+1, and at least 5")
         found = measure(
             open_autoencoder(arguments.weights), arguments.clips, arguments.frames, arguments.sheet, size=arguments.size
         )

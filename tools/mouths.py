@@ -17,12 +17,10 @@ from kavatar_jax.config import VAEConfig
 from kavatar_jax.models import vae
 from kavatar_jax.puppets.records import Records, RecordsConfig
 from kavatar_jax.puppets.stage import render
-from kavatar_jax.puppets.state import column
+from kavatar_jax.puppets.state import MOUTH, column
 from kavatar_jax.training.objective import resize_masks
 from kavatar_jax.types import Params
 from tools.gate import read_autoencoder
-
-MOUTH = ("mouth_open", "mouth_width", "teeth")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -57,7 +55,7 @@ def mouth_shares(params: Params, config: VAEConfig, *, clips: int, frames: int, 
     records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=0.5, seed=3))
     mouth, change = np.zeros((2, config.latent_channels))
     for number in range(clips):
-        identity, _, _, state, _ = records.perform(number)
+        identity, *_, state, _ = records.perform(number)
         still = state.copy()
         for name in MOUTH:
             column(still, name)[:] = column(state, name).mean()

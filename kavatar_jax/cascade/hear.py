@@ -2,7 +2,8 @@
 
 "exact": a window of F frames hears the samples of exactly those frames, padded with silence past the end of the recording,
 so that latent frame i always reads its own four frames. "released": StableAvatar's spans, 84 frames for a window of 81 and
-whatever is left for the last one, cut into as many slices all the same.
+whatever is left for the last one, cut into as many slices all the same. An encoder with a memory hears what came before a
+window as well, silence where that is before the beginning; never what comes after, which in a stream has not been said yet.
 """
 
 import numpy as np
@@ -45,7 +46,10 @@ def spans_of_frames(first_frames: np.ndarray, fps: int, sampling: SamplingConfig
 
 
 def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Features (W, L, D) float32 and slices (W, T, A) int32 of every span of samples."""
+    """Features (W, L, D) float32 and slices (W, T, A) int32 of every span of samples.
+
+    speech: with the config.memory samples before the first span, as far as there are any.
+    """
     lengths = spans[:, 1] - spans[:, 0]
     encoder = model_of("speech", config.speech)
     tokens = [encoder.token_count(int(length), config.speech) if length else 0 for length in lengths]
@@ -58,10 +62,11 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
         where = np.flatnonzero(lengths == length)
         for start in range(0, len(where), WINDOWS_AT_ONCE):
             chosen = where[start : start + WINDOWS_AT_ONCE]
-            waves = np.zeros((min(WINDOWS_AT_ONCE, len(where)), length), np.float32)
+            waves = np.zeros((min(WINDOWS_AT_ONCE, len(where)), config.memory + length), np.float32)
             for row, window in zip(waves, chosen, strict=False):
-                heard = speech[spans[window, 0] : spans[window, 1]]
-                row[: len(heard)] = encoder.normalise(heard) if len(heard) else heard
+                first = spans[window, 0] - config.memory
+                heard = speech[max(first, 0) : spans[window, 1]]
+                row[max(-first, 0) :][: len(heard)] = encoder.normalise(heard) if len(heard) else heard
             features[chosen, : tokens[chosen[0]]] = _listen(config.speech, params, waves)[: len(chosen)]
         for window in where:
             table = tables[window]

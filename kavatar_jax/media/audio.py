@@ -23,6 +23,7 @@ FROM_ZERO = "aresample=async=1:first_pts=0"
 
 _HOP = 0.01  # seconds between the frames in which pauses are measured
 _FLOOR_DB = -120.0  # what digital silence counts as
+_STRETCH = 30  # seconds worked on at once, so that an hour needs little more memory than itself
 
 
 def load_speech(path: str | Path) -> Speech:
@@ -117,17 +118,25 @@ def _energy(samples: np.ndarray, hop: float) -> np.ndarray:
     """(n,) float32 dBFS, from running sums, so that the cost does not depend on the window."""
     centres = (np.arange(int(np.ceil(len(samples) / (hop * SAMPLE_RATE) - 1e-6))) + 0.5) * hop
     half = max(hop, 0.03) / 2
-    sums = np.concatenate([[0.0], np.cumsum(np.square(samples, dtype=np.float64))])
     first, last = (
         np.clip(np.round(t * SAMPLE_RATE), 0, len(samples)).astype(int) for t in (centres - half, centres + half)
     )
-    power = (sums[last] - sums[first]) / np.maximum(last - first, 1)
+    power, count = np.empty(len(centres)), max(1, int(_STRETCH / hop))
+    for start in range(0, len(centres), count):
+        part, begin = slice(start, start + count), first[start]
+        sums = np.concatenate([[0.0], np.cumsum(np.square(samples[begin : last[part][-1]], dtype=np.float64))])
+        power[part] = (sums[last[part] - begin] - sums[first[part] - begin]) / np.maximum(last[part] - first[part], 1)
     return (10 * np.log10(np.maximum(power, 10 ** (_FLOOR_DB / 10)))).astype(np.float32)
 
 
 def _energy_above_hum(speech: Speech) -> np.ndarray:
     """(n,) float32 dBFS every _HOP seconds, above 100 Hz: mains hum and rumble are not speech."""
-    return _energy(np.asarray(signal.sosfilt(_high_pass(), speech.samples)), _HOP)
+    sections, heard = _high_pass(), np.empty(len(speech.samples), np.float32)
+    state = np.zeros((len(sections), 2))
+    for start in range(0, len(heard), _STRETCH * SAMPLE_RATE):
+        part = slice(start, start + _STRETCH * SAMPLE_RATE)
+        heard[part], state = signal.sosfilt(sections, speech.samples[part], zi=state)
+    return _energy(heard, _HOP)
 
 
 @functools.cache

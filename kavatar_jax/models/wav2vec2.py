@@ -158,8 +158,9 @@ def init(config: Wav2Vec2Config, key) -> Params:
 
 
 def listen(params: Params, samples_BS, config: Wav2Vec2Config, *, lora: Params | None = None):
-    """Normalised recordings of equal length -> (B, L, width) float32."""
-    return Wav2Vec2(config).apply({"params": params, "lora": lora or {}}, samples_BS).last.astype(jnp.float32)
+    """Normalised recordings of equal length -> (B, L, width) float32, without the vectors of config.memory."""
+    vectors = Wav2Vec2(config).apply({"params": params, "lora": lora or {}}, samples_BS).last
+    return vectors[:, config.memory :].astype(jnp.float32)
 
 
 def normalise(samples: np.ndarray) -> np.ndarray:

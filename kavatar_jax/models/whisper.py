@@ -20,12 +20,11 @@ from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import LayerNorm, Linear, gelu_erf
 from kavatar_jax.nn.stack import stack
 from kavatar_jax.parallel.sharding import constrain
-from kavatar_jax.types import SAMPLE_RATE, Params
+from kavatar_jax.types import SAMPLE_RATE, SPEECH_TOKEN, Params
 
 EPS = 1e-5
 HEAD_WIDTH = 64  # of every published model; only config.json carries it
 HOP, WINDOW = 160, 400  # samples: 10 and 25 ms
-TOKEN = 2 * HOP  # samples that a vector stands for: the second convolution goes in steps of two
 LOWEST = 8.0  # powers of ten under the loudest energy of a recording, below which all is alike
 
 
@@ -86,20 +85,25 @@ def init(config: WhisperConfig, key) -> Params:
 
 
 def listen(params: Params, samples_BS, config: WhisperConfig, *, lora: Params | None = None):
-    """Recordings of equal length, in [-1, 1] -> (B, token_count, width) float32. Vector i hears best its own 20 ms.
+    """Recordings of equal length, in [-1, 1] -> (B, L, width) float32, without the vectors of config.memory. Each hears
+    best its own 20 ms.
 
     ValueError of more than the encoder's positions; a `filled` encoder hears silence up to the last of them.
     """
     count = token_count(samples_BS.shape[1], config)
     if count > config.positions:
         raise ValueError(
-            f"{count * TOKEN / SAMPLE_RATE:.1f} s of speech at once; this encoder has positions for "
-            f"{config.positions * TOKEN / SAMPLE_RATE:.1f} s; use shorter windows"
+            f"{count * SPEECH_TOKEN / SAMPLE_RATE:.1f} s of speech at once; this encoder has positions for "
+            f"{config.positions * SPEECH_TOKEN / SAMPLE_RATE:.1f} s; use shorter windows"
         )
-    length = (config.positions if config.filled else count) * TOKEN
+    length = (config.positions if config.filled else count) * SPEECH_TOKEN
     silence = max(0, length - samples_BS.shape[1])
     energies = log_mel(jnp.pad(samples_BS, ((0, 0), (0, silence)))[:, :length], config.bands)
-    return Whisper(config).apply({"params": params, "lora": lora or {}}, energies)[:, :count].astype(jnp.float32)
+    return (
+        Whisper(config)
+        .apply({"params": params, "lora": lora or {}}, energies)[:, config.memory : count]
+        .astype(jnp.float32)
+    )
 
 
 def log_mel(samples_BS, bands: int):
@@ -124,7 +128,7 @@ def normalise(samples: np.ndarray) -> np.ndarray:
 
 
 def token_count(samples: int, config: WhisperConfig) -> int:
-    return samples // TOKEN
+    return samples // SPEECH_TOKEN
 
 
 def sinusoids(shape: tuple[int, int], dtype) -> jax.Array:

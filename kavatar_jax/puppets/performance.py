@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kavatar_jax.puppets.articulation import Phone
-from kavatar_jax.puppets.state import RANGES, column, rest_state
+from kavatar_jax.puppets.state import MOUTH, RANGES, column, rest_state
 
 EMOTIONS = ("smile", "neutral", "frown")
 ACTIONS = ("turn left", "turn right", "nod", "shake head", "raise hand", "wave", "lean in", "lean back", "tilt head")
@@ -72,7 +72,7 @@ def perform(
     times = (np.arange(frames) + 0.5) / fps
     state = rest_state(frames)
     track = {name: column(state, name) for name in RANGES}
-    for name, values in zip(("mouth_open", "mouth_width", "teeth"), mouth.T, strict=True):
+    for name, values in zip(MOUTH, mouth.T, strict=True):
         track[name][:] = values
     _idle(track, times, 0.5 + script.arousal, rng)
     _blink(track, times, rng)

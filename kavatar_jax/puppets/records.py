@@ -29,7 +29,8 @@ SPLITS = {"train": 0, "held out": 1 << 30}  # where the seeds of a split's looks
 class RecordsConfig:
     """frames: of a clip; fps must divide the sample rate, so that each frame has a whole number of samples;
     identities: how many looks (and as many voices) a split has; silent: share of clips in which nobody speaks;
-    driven: how far the mouth's opening is what `drive` makes of the recording, in place of what the phones say."""
+    driven: how far the mouth's opening is what `drive` makes of the recording, in place of what the phones say; memory:
+    samples of the recording before a clip that come with it, in half of all clips with the beginning of the recording."""
 
     seed: int = 0
     split: str = "train"
@@ -40,6 +41,7 @@ class RecordsConfig:
     identities: int = 1 << 20
     silent: float = 0.04
     driven: float = 0.0
+    memory: int = 0
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -50,13 +52,17 @@ class RecordsConfig:
             raise ValueError(f"frames is {self.frames}; a clip needs at least one")
         if not 1 <= self.identities <= 1 << 20:
             raise ValueError(f"identities is {self.identities}; it must be between 1 and {1 << 20}")
+        if self.memory < 0:
+            raise ValueError(f"memory is {self.memory} samples; it must be at least 0")
 
 
 class Performance(NamedTuple):
-    """A clip before its pictures. sound: (S,) float32; state: (F, K) float32; rng: of what is still to be chosen."""
+    """A clip before its pictures. before: (config.memory,) float32, the sound until it begins, silence as long as there is
+    no recording; sound: (S,) float32; state: (F, K) float32; rng: of what is still to be chosen."""
 
     identity: Identity
     script: Script
+    before: np.ndarray
     sound: np.ndarray
     state: np.ndarray
     rng: np.random.Generator
@@ -66,6 +72,7 @@ class Records:
     """A random-access source, as grain wants it. `records[i]` is a dict of
 
     video: (F, H, W, 3) uint8             audio: (S,) float32 in [-1, 1], 16 kHz, S = F * 16000 / fps exactly
+                                          before: (config.memory,) float32, what is heard until then
     portrait: (H, W, 3) uint8, at rest    face_mask, lip_mask: (F, H, W) bool
     state: (F, K) float32, see `state.COLUMNS`
     prompt, emotion, action, camera: str (action: names joined by "+", or "none")      identity: int, its seed
@@ -91,29 +98,35 @@ class Records:
         seconds = config.frames / config.fps
         script = sample_script(rng, seconds)
         mood = {"smile": 1.0, "neutral": 0.0, "frown": -1.0}[script.emotion]
+        step = SAMPLE_RATE // config.fps
         margin = MARGIN * config.fps if config.driven else 0  # what `drive` has to know of the sound around the clip
-        speech = utter(voice, seconds + 2 * margin / config.fps, seed=seed, smile=mood, arousal=script.arousal)
-        mouth = mouth_shapes(speech.phones, config.fps, config.frames + 2 * margin)
+        lead = max(margin, -(-config.memory // step))  # frames of the recording before the clip
+        if config.memory:
+            lead = round(lead * np.clip(rng.uniform(-0.2, 2), 0, 1))
+        length = lead + config.frames + margin
+        speech = utter(voice, length / config.fps, seed=seed, smile=mood, arousal=script.arousal)
+        mouth = mouth_shapes(speech.phones, config.fps, length)
         samples, phones = speech.samples, speech.phones
         if rng.random() < config.silent:
             samples, mouth, phones = 0 * samples, 0 * mouth, []
         sound = record(samples, room, seed=seed)
         if config.driven:
             mouth[:, 0] += config.driven * (drive(sound, config.fps)[:, 0] - mouth[:, 0])
-            lead = margin / config.fps
-            phones = [replace(phone, start=phone.start - lead, end=phone.end - lead) for phone in phones]
-            first = margin * SAMPLE_RATE // config.fps
-            mouth, sound = mouth[margin:-margin], sound[first:-first]
+        began = lead / config.fps
+        phones = [replace(phone, start=phone.start - began, end=phone.end - began) for phone in phones]
+        mouth = mouth[lead:][: config.frames]
         state = perform(mouth, script, fps=config.fps, seed=seed, phones=phones)
-        return Performance(identity, script, sound, state, rng)
+        heard = np.pad(sound, (config.memory, 0))[lead * step :][: config.memory + config.frames * step]
+        return Performance(identity, script, heard[: config.memory], heard[config.memory :], state, rng)
 
     def __getitem__(self, index: int) -> dict:
         config = self.config
-        identity, script, sound, state, rng = self.perform(index)
+        identity, script, before, sound, state, rng = self.perform(index)
         footage = render(identity, state, height=config.height, width=config.width)
         return {
             "video": footage.video,
             "audio": sound,
+            "before": before,
             "prompt": describe(identity, script, rng),
             "portrait": _portrait(identity, state, config),
             "face_mask": footage.face_mask,

@@ -33,6 +33,7 @@ RANGES = {
     "light_x": (-1, 1),  # from the left .. right
 }
 COLUMNS = tuple(RANGES)
+MOUTH = ("mouth_open", "mouth_width", "teeth")  # what speech moves
 _REST = {"zoom": 1.0, "hand_side": 1.0, "breath": 0.3}
 
 NECK = 0.56  # height of the joint about which the head tilts

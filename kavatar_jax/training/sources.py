@@ -2,9 +2,10 @@
 
 A record of the sources "puppets" and "clips" is a dict:
     name: what to call it in messages                  video: (F, H, W, 3) uint8 of the bucket's source_size
-    samples: (n,) float32, exactly F frames long       face, lip: (F, H, W) bool, or uint8 with 255 inside
+    samples: (n,) float32, `memory` and then F frames   face, lip: (F, H, W) bool, or uint8 with 255 inside
     prompt: str                                        portrait: (H, W, 3) uint8, where there is one
     director: (L, D) float32, where there is one
+Before the first frame there are `memory` samples of what was heard until then, silence where the recording begins later.
 One of "voices" has a name, samples, and `mouth`, (F, 2) float32 opening and width.
 One of "prompts" has a name, a prompt and `meant`, (len(MEANINGS),) float32 of what the prompt asks for.
 One of "prepared" holds a row of every field of a Batch; see `prepared`.
@@ -47,15 +48,15 @@ class Source(Protocol):
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
 
 
-def open_source(config: DataConfig, bucket: Bucket, fps: int) -> Source:
-    """ValueError if what the config names is not there."""
+def open_source(config: DataConfig, bucket: Bucket, fps: int, memory: int = 0) -> Source:
+    """memory: Config.memory. ValueError if what the config names is not there."""
     if config.source == "prepared":
         return Prepared(config, bucket)
     if config.source == "clips":
-        return ClipFolders(config, bucket, fps)
+        return ClipFolders(config, bucket, fps, memory)
     if config.source == "prompts":
         return PuppetPrompts(config)
-    return {"puppets": Puppets, "voices": PuppetVoices}[config.source](config, bucket, fps)
+    return {"puppets": Puppets, "voices": PuppetVoices}[config.source](config, bucket, fps, memory)
 
 
 class Puppets:
@@ -63,7 +64,7 @@ class Puppets:
 
     endless = True
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
         self._directed = config.directed
         width, height = bucket.source_size
         number = config.buckets.index(bucket)  # buckets do not show the same performances at two sizes
@@ -76,6 +77,7 @@ class Puppets:
                 height=height,
                 fps=fps,
                 driven=config.driven,
+                memory=memory,
             )
         )
 
@@ -88,7 +90,7 @@ class Puppets:
         return {
             "name": f"puppet {self._records.config.seed}/{index}",
             "video": record["video"],
-            "samples": record["audio"],
+            "samples": np.concatenate([record["before"], record["audio"]]),
             "face": record["face_mask"],
             "lip": record["lip_mask"],
             "prompt": prompt,
@@ -101,10 +103,15 @@ class PuppetVoices:
 
     endless = True
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
-        self._frames = bucket.frames
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
+        self._frames, self._memory = bucket.frames, memory
         self._records = RecordsConfig(
-            seed=config.seed, split=config.split, frames=STRETCHES * bucket.frames, fps=fps, driven=config.driven
+            seed=config.seed,
+            split=config.split,
+            frames=STRETCHES * bucket.frames,
+            fps=fps,
+            driven=config.driven,
+            memory=memory,
         )
         self._samples = bucket.frames * SAMPLE_RATE // fps
 
@@ -115,9 +122,10 @@ class PuppetVoices:
         number, part = divmod(index, STRETCHES)
         told = _perform(self._records, number)
         mouth = np.stack([column(told.state, name) for name in ("mouth_open", "mouth_width")], axis=1)
+        sound = np.concatenate([told.before, told.sound])
         return {
             "name": f"voice {index}",
-            "samples": told.sound[part * self._samples :][: self._samples],
+            "samples": sound[part * self._samples :][: self._memory + self._samples],
             "mouth": mouth[part * self._frames :][: self._frames],
         }
 
@@ -173,8 +181,8 @@ class ClipFolders:
 
     endless = False
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int):
-        self._config, self._bucket, self._fps = config, bucket, fps
+    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
+        self._config, self._bucket, self._fps, self._memory = config, bucket, fps, memory
         listing = Path(config.folder) / bucket.clips
         if not bucket.clips or not listing.is_file():
             raise ValueError(f"a bucket's clips is {bucket.clips!r}; name a file in {config.folder} that lists folders")
@@ -194,7 +202,7 @@ class ClipFolders:
         record = {
             "name": str(folder),
             "video": np.stack([resize(frames[i], size) for i in chosen]),
-            "samples": _stretch(load_speech(folder / "audio.wav").samples, start, bucket.frames, fps),
+            "samples": _stretch(load_speech(folder / "audio.wav").samples, start, bucket.frames, fps, self._memory),
             "prompt": _prompt(folder),
         }
         for name, where in MASK_FOLDERS.items():
@@ -217,12 +225,10 @@ class ClipFolders:
         return np.stack([np.asarray(Image.open(files[i]).convert("L").resize((width, height))) for i in nearest])
 
 
-def _stretch(samples: np.ndarray, start: int, frames: int, fps: int) -> np.ndarray:
-    first = round(start * SAMPLE_RATE / fps)
-    taken = np.zeros(round(frames * SAMPLE_RATE / fps), np.float32)
-    heard = samples[first : first + len(taken)]
-    taken[: len(heard)] = heard
-    return taken
+def _stretch(samples: np.ndarray, start: int, frames: int, fps: int, memory: int) -> np.ndarray:
+    first, count = round(start * SAMPLE_RATE / fps), memory + round(frames * SAMPLE_RATE / fps)
+    heard = np.pad(samples, (memory, 0))[first : first + count]
+    return np.pad(heard, (0, count - len(heard)))
 
 
 def _prompt(folder: Path) -> str:
