@@ -47,7 +47,7 @@ def config() -> Config:
             latent_mean=(0.0,) * 64,
             latent_std=(1.0,) * 64,
             multipliers=(1, 2, 3),
-            blocks=1,
+            blocks=0,
             temporal=(True, True),
             patch=4,
             bypass=True,

@@ -5,7 +5,7 @@
     kavatar train --config demo_dit --set data.folder=CLIPS --set weights=ENCODERS --out RUN
     python tools/bundle.py WEIGHTS ENCODERS RUN/weights --half --fill demo
 
-START, TEXT_RUN and SPEECH_RUN are those of demo_vae, demo_text and demo_speech. The autoencoder that demo_vae goes on to
+START, TEXT_RUN and SPEECH_RUN are those of demo_vae, demo_text and demo_speech. An autoencoder that demo_vae goes on to
 train has START's latents, and may take its place in the end. `kavatar generate --config demo --weights WEIGHTS` uses the
 last.
 What makes lips learn soon: a speech encoder that knows what mouths do; prediction of the clean latents with a clipped

@@ -1,15 +1,20 @@
 """The demo's autoencoder, trained on puppets: 16x smaller in space and 4x in time, with most of its care for mouths.
 
-    python tools/principal.py demo_vae START --clips 240
+    python tools/principal.py demo_vae START --clips 240 --set model.vae.blocks=0
     python tools/gate.py START
+
+is the best linear autoencoder, and all there is in the demo. A decoder beside it may learn what is not linear:
+
+    python tools/principal.py demo_vae START --clips 240
     kavatar train --config demo_vae --set weights=START --out RUN
     python tools/gate.py RUN/weights
 
-It begins as the best linear autoencoder, which stays; the decoder beside it may then learn what is not linear. The latents
-are the first's for good, so a transformer may be trained on them meanwhile.
+The latents are START's in either case, so a transformer may be trained on them meanwhile.
 Pictures, clips and close-ups of mouths in turn: pictures teach the many looks cheaply, clips the motion, close-ups four
 mouths for the price of one.
 """
+
+from dataclasses import replace
 
 from configs import demo
 from kavatar_jax.training.config import (
@@ -30,7 +35,7 @@ def config() -> TrainConfig:
     long = Bucket(width=128, height=128, frames=33, batch=1)
     return TrainConfig(
         name="demo_vae",
-        model=demo.config(),
+        model=replace(demo.config(), vae=replace(demo.config().vae, blocks=1)),
         task="vae",
         steps=1000,
         data=DataConfig(source="puppets", buckets=(pictures, mouths, long), seed=1),

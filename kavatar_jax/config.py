@@ -88,6 +88,7 @@ class VAEConfig:
     """Wan2.1's causal 3D VAE: 8x in space, 4x in time. latent_mean, latent_std: one number per latent channel.
 
     multipliers: of the width, a level each; temporal: whether each step between them halves the frames too
+    blocks: of each level; 0 for no networks, the bypass alone
     patch: side of the squares of pixels that are folded into channels first, 1 for none
     bypass: linear maps from the pixels of each latent straight to it and back, beside the networks
     """
@@ -103,6 +104,11 @@ class VAEConfig:
     bypass: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
+
+    def __post_init__(self):
+        _at_least("vae.blocks", self.blocks, 0)
+        if not self.blocks and not self.bypass:
+            raise ValueError("vae.blocks is 0 and vae.bypass is False: nothing is left; set one of them")
 
     @property
     def side(self) -> int:

@@ -360,6 +360,24 @@ def test_a_bypass_in_chunks_equals_the_whole(config):
         assert np.abs(one - plain).max() > 0.01
 
 
+def test_a_bypass_alone_is_a_bypass_beside_networks_that_give_nothing():
+    beside = replace(TWO_LEVELS, patch=2, bypass=True)
+    alone, video = replace(beside, blocks=0), VIDEO[:, :9]
+    params = lively(beside)
+    params["encoder"]["quant"], params["decoder"]["conv_out"] = jax.tree.map(
+        jnp.zeros_like, (params["encoder"]["quant"], params["decoder"]["conv_out"])
+    )
+    bare = {name: {"bypass": part["bypass"]} for name, part in params.items()}
+    assert jax.tree.structure(bare) == jax.tree.structure(vae.init(alone, jax.random.key(0)))
+    latents, _, made = whole = through(bare, video, alone, None)
+    for one, other in zip(whole, through(params, video, beside, None), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    streamed = vae.decode_stream(bare, np.asarray(latents)[0], alone, chunk=2, pixels="float32")
+    np.testing.assert_allclose(np.concatenate(list(streamed)), np.asarray(made)[0], atol=1e-6)
+    with pytest.raises(ValueError, match="nothing is left"):
+        replace(alone, bypass=False)
+
+
 def test_pixels_of_a_latent_are_gathered_and_scattered():
     config = replace(TWO_LEVELS, patch=2)  # two frames of four by four pixels
     video = jnp.arange(2 * 5 * 8 * 12 * 3, dtype=jnp.float32).reshape(2, 5, 8, 12, 3)

@@ -1,7 +1,8 @@
 """Wan2.1's causal 3D VAE: video in and latents out, and back; 8x smaller in space, 4x in time.
 
 Squares of `patch` pixels may be folded into channels first and last, as in Wan2.2's VAE, which takes twice two: 16x. A
-small network that has little time to learn gets a `bypass` as well, so that it need not find by itself what is linear.
+small network that has little time to learn gets a `bypass` as well, so that it need not find by itself what is linear; where
+it has not learnt anything else the bypass is all there is.
 
 The first frame becomes the first latent frame, every further group of four frames one more. Encoder and decoder take one
 chunk and what the chunks before left behind, so a video of any length goes through one compiled program.
@@ -80,7 +81,7 @@ def decode_stream(
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
     state, before, whole = None, None, replicated(current())
     for piece, count, at_hand in _regroup(latents, chunk):
-        real = count * config.stride if state else 1
+        real = 1 if state is None else count * config.stride
         # placed by hand: left to the compiler, it may lie in parts that no mesh has
         piece = jax.device_put(piece[None], whole)
         frames, state = _decode_chunk(params, piece, state, config=config, pixels=pixels)
@@ -111,6 +112,14 @@ class Encoder(nn.Module):
         c = self.config
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         run, kept = thread(state)
+        moments = self._look(run, types, x_BFHWC) if c.blocks else 0
+        if c.bypass:
+            cells = gather(x_BFHWC, c, starts=state is None)
+            moments = moments + Linear(2 * c.latent_channels, **types, name="bypass")(cells)
+        return moments, kept
+
+    def _look(self, run, types, x_BFHWC):
+        c = self.config
         x = run(CausalConv(c.width, **types, name="conv_in"), spread(fold(x_BFHWC, c.patch)))
         for level, multiplier in enumerate(c.multipliers):
             for block in range(c.blocks):
@@ -120,11 +129,7 @@ class Encoder(nn.Module):
         x = run(Middle(c, name="middle"), x)
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
         x = run(CausalConv(2 * c.latent_channels, **types, name="conv_out"), x)
-        moments = Linear(2 * c.latent_channels, **types, name="quant")(x)
-        if c.bypass:
-            cells = gather(x_BFHWC, c, starts=state is None)
-            moments = moments + Linear(2 * c.latent_channels, **types, name="bypass")(cells)
-        return moments, kept
+        return Linear(2 * c.latent_channels, **types, name="quant")(x)
 
 
 class Decoder(nn.Module):
@@ -140,6 +145,14 @@ class Decoder(nn.Module):
         c = self.config
         types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         run, kept = thread(state)
+        frames = self._draw(run, types, x_BTHWC) if c.blocks else 0
+        if c.bypass:
+            cells = Linear(3 * c.side**2 * c.stride, **types, name="bypass")(x_BTHWC)
+            frames = frames + scatter(cells, c, starts=state is None)
+        return frames, kept
+
+    def _draw(self, run, types, x_BTHWC):
+        c = self.config
         x = Linear(c.latent_channels, **types, name="quant")(spread(x_BTHWC))
         x = run(CausalConv(c.width * c.multipliers[-1], **types, name="conv_in"), x)
         x = run(Middle(c, name="middle"), x)
@@ -149,11 +162,7 @@ class Decoder(nn.Module):
             if level < len(c.temporal):
                 x = run(Upsample(c, c.temporal[-1 - level], name=f"level_{level}_up"), x)
         x = nn.silu(ChannelNorm(c.param_dtype, name="norm_out")(x))
-        frames = unfold(run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x), c.patch)
-        if c.bypass:
-            cells = Linear(3 * c.side**2 * c.stride, **types, name="bypass")(x_BTHWC)
-            frames = frames + scatter(cells, c, starts=state is None)
-        return frames, kept
+        return unfold(run(CausalConv(3 * c.patch**2, **types, name="conv_out"), x), c.patch)
 
 
 def fold(x_BFHWC, patch: int):

@@ -46,8 +46,8 @@ def principal_autoencoder(
     )  # the other half is the log variance, which stays zero
     inwards["bias"][: config.latent_channels] = -mean @ axes / length
     outwards["kernel"][...], outwards["bias"][...] = (axes * length).T, mean
-    params["encoder"]["quant"] = jax.tree.map(np.zeros_like, params["encoder"]["quant"])
-    params["decoder"]["conv_out"] = jax.tree.map(np.zeros_like, params["decoder"]["conv_out"])
+    for network, last in (("encoder", "quant"), ("decoder", "conv_out")) if config.blocks else ():
+        params[network][last] = jax.tree.map(np.zeros_like, params[network][last])
     return params
 
 
