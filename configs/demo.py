@@ -58,9 +58,9 @@ def config() -> Config:
         negative_prompt="blurry, distorted",
         sampling=SamplingConfig(
             steps=8,
-            shift=1.5,
+            shift=3.0,
             double_shift=False,
-            text_scale=3.0,
+            text_scale=4.0,
             audio_scale=2.0,
             window_frames=33,
             overlap=3,

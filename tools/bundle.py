@@ -3,7 +3,7 @@
 Each FOLDER is a weights directory, complete or not, such as RUN/weights. A network that two of them hold is an error.
 With --half numbers are stored in bfloat16, at half the size and a relative error of 2^-9; they are widened when loaded.
 Networks that are in OUT already stay, unless a FOLDER brings them anew. With --fill those that are still missing are drawn
-from chance as a config describes them: the demo's speech features have no weights, its portrait encoder is not trained.
+from chance as a config describes them, as the demo's portrait encoder is, which nothing trains.
 """
 
 import argparse

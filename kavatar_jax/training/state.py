@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from kavatar_jax.checkpoint.bridge import flatten, unflatten
+from kavatar_jax.checkpoint.files import Tensors
 from kavatar_jax.checkpoint.weights import load_component
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.sharding import partition, replicated
@@ -199,7 +200,9 @@ def _materialise(config: TrainConfig, name: str, places: Params) -> Params:
     if len(anew) < len(wanted):
         stored = unflatten({path: leaf for path, leaf in wanted.items() if path not in anew})
         stored_places = unflatten({path: place for path, place in flat_places.items() if path not in anew})
-        flat |= flatten(load_component(Path(config.weights) / name, stored, stored_places, unread=anew))
+        folder = Path(config.weights) / name
+        unread = [path for path in Tensors(folder / "model.safetensors") if is_fresh(f"{name}/{path}", config)]
+        flat |= flatten(load_component(folder, stored, stored_places, unread=unread))
     if anew:
         key = jax.random.fold_in(jax.random.key(config.seed), list(COMPONENTS).index(name))
         draw = jax.jit(lambda key: _pick(model_of(name, part).init(part, key), anew), out_shardings=_pick(places, anew))
