@@ -1,14 +1,22 @@
 """The ablations: where windows show, what a long video is judged by, a run's recipe, and bad orders."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from configs import demo
+from kavatar_jax.cascade.command import DEMO
+from kavatar_jax.checkpoint.bridge import flatten
+from kavatar_jax.checkpoint.files import Tensors
+from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.puppets.identity import sample_identity
 from kavatar_jax.puppets.measure import Reading, read
 from kavatar_jax.puppets.stage import render_portrait
+from kavatar_jax.training.state import begin
 from tools import ablations, scenes
 
 
@@ -42,6 +50,21 @@ def test_a_long_video_is_judged_by_its_ends_and_its_edges(monkeypatch):
     assert found["sync early"] > 0.99 and 0.2 < found["sync"] < 0.8 and abs(found["sync late"]) < 0.4
     assert found["CIEDE early"] == found["CIEDE late"] == 0
     assert found["edge step / 95th percentile"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize("name", ["whole", "no adapter"])
+def test_a_run_begins_with_the_transformer_but_for_its_adapter(name):
+    """Also where the file holds parts of an adapter that the run's has not."""
+    arguments = SimpleNamespace(train="clips", weights=DEMO, steps=1, recipe="demo_dit", fields=[])
+    run, stored = ablations.recipe(arguments, name), Tensors(DEMO / "dit" / "model.safetensors")
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        found, frozen, _ = begin(run, ["dit"], mesh)
+    learns, stays = (flatten(tree["params"]["dit"]) for tree in (found.trained, frozen))
+    assert any("audio/blocks" in path for path in learns) == (name == "whole")
+    same = [path for path in learns | stays if np.array_equal((learns | stays)[path], stored[path].astype(np.float32))]
+    anew = [path for path in learns if re.fullmatch("|".join(ablations.ANEW), f"dit/{path}")]
+    assert set(same) >= stays.keys() and len(same) > 20 and not any("kernel" in path for path in set(same) & set(anew))
 
 
 def test_bad_orders(tmp_path, capsys):
