@@ -1,5 +1,7 @@
 """The demo's speech encoder, trained on puppets' voices: sound in, the opening and width of the mouth out.
 
+How loud loud is it learns from the 3 s before a window, `speech.memory`, as far as there was any sound.
+
 kavatar train --config demo_speech --out RUN
 """
 

@@ -1,8 +1,8 @@
 """The networks of a weights directory, by the name of their folder.
 
 A speech encoder's file has more than the others: `listen(params, samples_BS, config, *, lora)` -> (B, L, width), a vector
-per 20 ms; `normalise(samples)`, which prepares a recording of any length on the host; and `token_count(samples, config)`,
-the L that comes of so many samples.
+per 20 ms but for the first config.memory of them; `normalise(samples)`, which prepares a recording of any length on the
+host; and `token_count(samples, config)`, how many vectors come of so many samples where nothing is left out.
 """
 
 import dataclasses

@@ -85,7 +85,7 @@ def init(config: WhisperConfig, key) -> Params:
 
 
 def listen(params: Params, samples_BS, config: WhisperConfig, *, lora: Params | None = None):
-    """Recordings of equal length, in [-1, 1] -> (B, L, width) float32, without the vectors of config.memory. Each hears
+    """Recordings of equal length, in [-1, 1] -> (B, L, width) float32, less the vectors of config.memory. Vector i hears
     best its own 20 ms.
 
     ValueError of more than the encoder's positions; a `filled` encoder hears silence up to the last of them.
