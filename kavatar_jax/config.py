@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kavatar_jax.types import SPEECH_TOKEN
+SPEECH_TOKEN = 320  # samples, 20 ms, that a vector of every speech encoder of the family stands for
 
 
 @dataclass(frozen=True, kw_only=True)

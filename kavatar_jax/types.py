@@ -18,7 +18,6 @@ import numpy as np
 Params = dict  # a plain nested dict of arrays
 
 SAMPLE_RATE = 16_000  # Hz; what every speech encoder of the family listens at
-SPEECH_TOKEN = 320  # samples, 20 ms, that a vector of every one of them stands for
 
 
 @dataclass(frozen=True, kw_only=True)

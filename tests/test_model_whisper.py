@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs import demo
+from kavatar_jax.config import SPEECH_TOKEN
 from kavatar_jax.models import whisper
 from kavatar_jax.models.components import COMPONENTS
-from kavatar_jax.types import SAMPLE_RATE, SPEECH_TOKEN
+from kavatar_jax.types import SAMPLE_RATE
 
 CONFIG = replace(demo.config().speech, memory=0)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import train_tiny
-from kavatar_jax.config import WhisperConfig
+from kavatar_jax.config import SPEECH_TOKEN, WhisperConfig
 from kavatar_jax.media.video import write_video
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.sharding import batch_sharding
@@ -31,7 +31,6 @@ from kavatar_jax.training.config import (
 )
 from kavatar_jax.training.prepared import views_of
 from kavatar_jax.training.sources import MEANINGS, STRETCHES, open_source
-from kavatar_jax.types import SPEECH_TOKEN
 from tests.puppet_batches import OTHER_SIZES, PUPPETS, SIZES, puppet_row, take
 
 

@@ -14,13 +14,13 @@ import librosa
 import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, conv, linear, norm, parameter_shapes, table
-from kavatar_jax.config import WhisperConfig
+from kavatar_jax.config import SPEECH_TOKEN, WhisperConfig
 from kavatar_jax.models.wav2vec2 import convolve
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import LayerNorm, Linear, gelu_erf
 from kavatar_jax.nn.stack import stack
 from kavatar_jax.parallel.sharding import constrain
-from kavatar_jax.types import SAMPLE_RATE, SPEECH_TOKEN, Params
+from kavatar_jax.types import SAMPLE_RATE, Params
 
 EPS = 1e-5
 HEAD_WIDTH = 64  # of every published model; only config.json carries it
