@@ -369,7 +369,7 @@ class Config:
         return self.vae.side * max(self.dit.patch[1:])
 
     @property
-    def memory(self) -> int:
+    def memory_samples(self) -> int:
         """Samples before a window that the speech encoder hears too."""
         return self.speech.memory * SPEECH_TOKEN
 

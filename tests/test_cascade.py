@@ -83,7 +83,7 @@ def test_an_encoder_with_a_memory_hears_what_came_before(config, weights, speech
     forgetful = dataclasses.replace(config, speech=dataclasses.replace(config.speech, memory=0))
     alone, same = hear(samples, spans, params, forgetful)
     np.testing.assert_array_equal(slices, same)
-    assert config.memory == 40 * 320 and features.shape == alone.shape
+    assert config.memory_samples == 40 * 320 and features.shape == alone.shape
     for k, (start, end) in enumerate(spans[: windows.count]):
         heard = samples[max(start - 12800, 0) : end]
         silence = max(12800 - start, 0), max(end - len(samples), 0)

@@ -42,8 +42,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="the clips, and below each what came back")
     arguments = parser.parse_args(words)
     try:
-        if arguments.frames < 5 or arguments.frames % 4 != 1:
-            raise ValueError(f"--frames is {arguments.frames}; it must be 4n+1, and at least 5")
+        check_frames(arguments.frames)
         found = measure(
             open_autoencoder(arguments.weights), arguments.clips, arguments.frames, arguments.sheet, size=arguments.size
         )
@@ -56,6 +55,12 @@ def main(words: list[str] | None = None) -> int:
     table.add_row(str(arguments.clips), *row, f"{found['psnr']:.1f}", f"{arguments.least:g}", "yes" if passed else "no")
     Console(width=120).print(table)
     return 0 if passed else 1
+
+
+def check_frames(frames: int) -> None:
+    """ValueError unless so many frames are whole latents, and more than one of them."""
+    if frames < 5 or frames % 4 != 1:
+        raise ValueError(f"--frames is {frames}; it must be 4n+1, and at least 5")
 
 
 def read_autoencoder(folder: Path) -> tuple[Params, VAEConfig]:

@@ -20,7 +20,7 @@ from kavatar_jax.puppets.stage import render
 from kavatar_jax.puppets.state import MOUTH, column
 from kavatar_jax.training.objective import resize_masks
 from kavatar_jax.types import Params
-from tools.gate import read_autoencoder
+from tools.gate import check_frames, read_autoencoder
 
 
 def main(words: list[str] | None = None) -> int:
@@ -33,8 +33,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         if arguments.clips < 1:
             raise ValueError(f"--clips is {arguments.clips}; it must be at least 1")
-        if arguments.frames < 5 or arguments.frames % 4 != 1:
-            raise ValueError(f"--frames is {arguments.frames}; it must be 4n+1, and at least 5")
+        check_frames(arguments.frames)
         shares = mouth_shares(
             *read_autoencoder(arguments.weights), clips=arguments.clips, frames=arguments.frames, size=arguments.size
         )
@@ -55,7 +54,7 @@ def mouth_shares(params: Params, config: VAEConfig, *, clips: int, frames: int, 
     records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=0.5, seed=3))
     mouth, change = np.zeros((2, config.latent_channels))
     for number in range(clips):
-        identity, *_, state, _ = records.perform(number)
+        identity, _, _, state, _ = records.perform(number)
         still = state.copy()
         for name in MOUTH:
             column(still, name)[:] = column(state, name).mean()

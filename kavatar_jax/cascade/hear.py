@@ -48,7 +48,7 @@ def spans_of_frames(first_frames: np.ndarray, fps: int, sampling: SamplingConfig
 def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Features (W, L, D) float32 and slices (W, T, A) int32 of every span of samples.
 
-    speech: with the config.memory samples before the first span, as far as there are any.
+    speech: with the config.memory_samples samples before the first span, as far as there are any.
     """
     lengths = spans[:, 1] - spans[:, 0]
     encoder = model_of("speech", config.speech)
@@ -62,9 +62,9 @@ def hear(speech: np.ndarray, spans: np.ndarray, params: Params, config: Config) 
         where = np.flatnonzero(lengths == length)
         for start in range(0, len(where), WINDOWS_AT_ONCE):
             chosen = where[start : start + WINDOWS_AT_ONCE]
-            waves = np.zeros((min(WINDOWS_AT_ONCE, len(where)), config.memory + length), np.float32)
+            waves = np.zeros((min(WINDOWS_AT_ONCE, len(where)), config.memory_samples + length), np.float32)
             for row, window in zip(waves, chosen, strict=False):
-                first = spans[window, 0] - config.memory
+                first = spans[window, 0] - config.memory_samples
                 heard = speech[max(first, 0) : spans[window, 1]]
                 row[max(-first, 0) :][: len(heard)] = encoder.normalise(heard) if len(heard) else heard
             features[chosen, : tokens[chosen[0]]] = _listen(config.speech, params, waves)[: len(chosen)]

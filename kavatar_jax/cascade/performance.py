@@ -116,7 +116,7 @@ def _listen(
             starts, spans = heard
             yield tell(conditions, starts, waiting, spans - origin, weights, config), front + wave.group
             front += wave.group
-            over = min(max(next_windows()[1][0, 0] - config.memory - origin, 0), len(waiting))
+            over = min(max(next_windows()[1][0, 0] - config.memory_samples - origin, 0), len(waiting))
             waiting, origin = waiting[over:], origin + over
     if not origin + len(waiting):
         raise ValueError("the speech is empty: not a single sample of it came")

@@ -99,11 +99,8 @@ def listen(params: Params, samples_BS, config: WhisperConfig, *, lora: Params | 
     length = (config.positions if config.filled else count) * SPEECH_TOKEN
     silence = max(0, length - samples_BS.shape[1])
     energies = log_mel(jnp.pad(samples_BS, ((0, 0), (0, silence)))[:, :length], config.bands)
-    return (
-        Whisper(config)
-        .apply({"params": params, "lora": lora or {}}, energies)[:, config.memory : count]
-        .astype(jnp.float32)
-    )
+    vectors = Whisper(config).apply({"params": params, "lora": lora or {}}, energies)
+    return vectors[:, config.memory : count].astype(jnp.float32)
 
 
 def log_mel(samples_BS, bands: int):

@@ -57,12 +57,11 @@ class RecordsConfig:
 
 
 class Performance(NamedTuple):
-    """A clip before its pictures. before: (config.memory,) float32, the sound until it begins, silence as long as there is
-    no recording; sound: (S,) float32; state: (F, K) float32; rng: of what is still to be chosen."""
+    """A clip before its pictures. sound: (config.memory + S,) float32, from the memory on, silence as long as there is no
+    recording; state: (F, K) float32; rng: of what is still to be chosen."""
 
     identity: Identity
     script: Script
-    before: np.ndarray
     sound: np.ndarray
     state: np.ndarray
     rng: np.random.Generator
@@ -71,8 +70,7 @@ class Performance(NamedTuple):
 class Records:
     """A random-access source, as grain wants it. `records[i]` is a dict of
 
-    video: (F, H, W, 3) uint8             audio: (S,) float32 in [-1, 1], 16 kHz, S = F * 16000 / fps exactly
-                                          before: (config.memory,) float32, what is heard until then
+    video: (F, H, W, 3) uint8             audio: (config.memory + S,) float32 in [-1, 1], 16 kHz, S = F * 16000 / fps exactly
     portrait: (H, W, 3) uint8, at rest    face_mask, lip_mask: (F, H, W) bool
     state: (F, K) float32, see `state.COLUMNS`
     prompt, emotion, action, camera: str (action: names joined by "+", or "none")      identity: int, its seed
@@ -117,16 +115,15 @@ class Records:
         mouth = mouth[lead:][: config.frames]
         state = perform(mouth, script, fps=config.fps, seed=seed, phones=phones)
         heard = np.pad(sound, (config.memory, 0))[lead * step :][: config.memory + config.frames * step]
-        return Performance(identity, script, heard[: config.memory], heard[config.memory :], state, rng)
+        return Performance(identity, script, heard, state, rng)
 
     def __getitem__(self, index: int) -> dict:
         config = self.config
-        identity, script, before, sound, state, rng = self.perform(index)
+        identity, script, sound, state, rng = self.perform(index)
         footage = render(identity, state, height=config.height, width=config.width)
         return {
             "video": footage.video,
             "audio": sound,
-            "before": before,
             "prompt": describe(identity, script, rng),
             "portrait": _portrait(identity, state, config),
             "face_mask": footage.face_mask,

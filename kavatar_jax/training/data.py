@@ -59,7 +59,7 @@ class Loader:
     """Batches from `position` on, without end."""
 
     def __init__(self, config: DataConfig, row: Row, fps: int, mesh, *, memory: int = 0, position: int = 0):
-        """fps: frames a second of the model; memory: Config.memory."""
+        """fps: frames a second of the model; memory: Config.memory_samples."""
         self.position, self._config = position, config
         self._sharding = batch_sharding(mesh)
         for bucket in config.buckets:

@@ -120,14 +120,16 @@ def open_samples(config: TrainConfig, task, fixed: Params, mesh, out: Path) -> S
     shown = look.data.buckets[0].batch
     bucket = replace(look.data.buckets[0], batch=slots * -(-shown // slots))  # a whole number for each slot of the mesh
     clips = next(
-        Loader(replace(look.data, buckets=(bucket,)), task.row, config.model.fps, mesh, memory=config.model.memory)
+        Loader(
+            replace(look.data, buckets=(bucket,)), task.row, config.model.fps, mesh, memory=config.model.memory_samples
+        )
     ).clips
     batch = task.encode(fixed, clips)
 
     def perform(whole: Params) -> np.ndarray:
         return np.asarray(task.perform(whole, fixed, batch, clips))[:shown]
 
-    sound = None if clips.samples is None else _gather(clips.samples)[:, config.model.memory :]
+    sound = None if clips.samples is None else _gather(clips.samples)[:, config.model.memory_samples :]
     return Samples(look.every, _gather(clips.video)[:shown], sound, config.model.fps, perform, out / "samples")
 
 

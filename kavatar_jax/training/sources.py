@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def open_source(config: DataConfig, bucket: Bucket, fps: int, memory: int = 0) -> Source:
-    """memory: Config.memory. ValueError if what the config names is not there."""
+    """memory: Config.memory_samples. ValueError if what the config names is not there."""
     if config.source == "prepared":
         return Prepared(config, bucket)
     if config.source == "clips":
@@ -86,11 +86,13 @@ class Puppets:
 
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         record = self._records[index]
-        prompt = directed_prompt(record) if self._directed else record["prompt"]
+        prompt = record["prompt"]
+        if self._directed:  # for what is said in the clip itself
+            prompt = directed_prompt(record | {"audio": record["audio"][self._records.config.memory :]})
         return {
             "name": f"puppet {self._records.config.seed}/{index}",
             "video": record["video"],
-            "samples": np.concatenate([record["before"], record["audio"]]),
+            "samples": record["audio"],
             "face": record["face_mask"],
             "lip": record["lip_mask"],
             "prompt": prompt,
@@ -122,10 +124,9 @@ class PuppetVoices:
         number, part = divmod(index, STRETCHES)
         told = _perform(self._records, number)
         mouth = np.stack([column(told.state, name) for name in ("mouth_open", "mouth_width")], axis=1)
-        sound = np.concatenate([told.before, told.sound])
         return {
             "name": f"voice {index}",
-            "samples": sound[part * self._samples :][: self._memory + self._samples],
+            "samples": told.sound[part * self._samples :][: self._memory + self._samples],
             "mouth": mouth[part * self._frames :][: self._frames],
         }
 
