@@ -33,7 +33,7 @@ from kavatar_jax.training.config import (
     OptimizerConfig,
 )
 from tests.conftest import GOLDEN
-from tests.puppet_batches import OTHER_SIZES, PUPPETS, SIZES
+from tests.puppet_batches import MODEL, OTHER_SIZES, PUPPETS, SIZES
 from tools.reference import loss
 from tools.reference.synthetic_weights import Fixture
 
@@ -346,7 +346,7 @@ def test_mistakes_are_told_in_a_line(tmp_path):
     with pytest.raises(ValueError, match="data.folder"):
         DataConfig(source="clips", buckets=PUPPETS.buckets)
     with pytest.raises(ValueError, match="about.json"):
-        data.Records(replace(PUPPETS, source="prepared", folder=str(tmp_path)), PUPPETS.buckets[0], 25)
+        data.Records(replace(PUPPETS, source="prepared", folder=str(tmp_path)), PUPPETS.buckets[0], MODEL)
     with pytest.raises(ValueError, match="accumulate"):
         replace(tiny, optimizer=replace(tiny.optimizer, accumulate=3))
     with pytest.raises(ValueError, match="no training run"):

@@ -31,13 +31,13 @@ from kavatar_jax.training.config import (
 )
 from kavatar_jax.training.prepared import views_of
 from kavatar_jax.training.sources import MEANINGS, STRETCHES, open_source
-from tests.puppet_batches import OTHER_SIZES, PUPPETS, SIZES, puppet_row, take
+from tests.puppet_batches import MODEL, OTHER_SIZES, PUPPETS, SIZES, puppet_row, take
 
 
 def test_a_batch_is_known_by_its_number():
     mesh, other = make_mesh(**SIZES), make_mesh(**OTHER_SIZES)
-    first = take(data.Loader(PUPPETS, puppet_row(), 25, mesh), 3)
-    later = take(data.Loader(PUPPETS, puppet_row(), 25, other, position=2), 1)[0]
+    first = take(data.Loader(PUPPETS, puppet_row(), MODEL, mesh), 3)
+    later = take(data.Loader(PUPPETS, puppet_row(), MODEL, other, position=2), 1)[0]
     assert later.number == 2 and later.names == first[2].names
     jax.tree.map(np.testing.assert_array_equal, later.clips, first[2].clips)
     assert len({name for batch in first for name in batch.names}) == 24
@@ -52,7 +52,7 @@ def test_clips_between_two_frames_begin_with_their_own():
     config = replace(PUPPETS, portrait=1.0, first_last=0.5)
     assert views_of(config) == [(True, False), (False, True)]
     assert views_of(replace(config, portrait=0.5)) == [(False, False), (True, False), (False, True)]
-    clips = take(data.Loader(config, puppet_row(), 25, make_mesh(**SIZES)), 1)[0].clips
+    clips = take(data.Loader(config, puppet_row(), MODEL, make_mesh(**SIZES)), 1)[0].clips
     own = (clips.reference == clips.video[:, 0]).all(axis=(1, 2, 3))
     np.testing.assert_array_equal(own, clips.last > 0)
     drawn = {data.draw_last(np.random.default_rng(i), 33) for i in range(200)}
@@ -61,7 +61,7 @@ def test_clips_between_two_frames_begin_with_their_own():
 
 def test_puppets_prompts_as_the_director_words_them():
     plain, directed = (
-        open_source(replace(PUPPETS, directed=directed), PUPPETS.buckets[0], 25).record(3, None)
+        open_source(replace(PUPPETS, directed=directed), PUPPETS.buckets[0], MODEL).record(3, None)
         for directed in (False, True)
     )
     assert directed["prompt"].startswith(plain["prompt"]) and "The protagonist" in directed["prompt"]
@@ -69,7 +69,7 @@ def test_puppets_prompts_as_the_director_words_them():
 
 
 def test_prompts_say_what_they_mean():
-    source = open_source(DataConfig(source="prompts", buckets=PUPPETS.buckets), PUPPETS.buckets[0], 25)
+    source = open_source(DataConfig(source="prompts", buckets=PUPPETS.buckets), PUPPETS.buckets[0], MODEL)
     records = [source.record(i, None) for i in range(40)]
     assert len({record["prompt"] for record in records}) == 40
     for record in records:
@@ -107,7 +107,7 @@ def test_the_text_encoder_learns_to_read(tmp_path):
 def test_voices_come_with_their_mouths():
     bucket = Bucket(width=32, height=32, frames=33, batch=4)
     config = DataConfig(source="voices", buckets=(bucket,), driven=0.5)
-    source = open_source(config, bucket, 25)
+    source = open_source(config, bucket, MODEL)
     whole = Records(RecordsConfig(frames=33 * STRETCHES, driven=0.5)).perform(1)
     parts = [source.record(STRETCHES + i, None) for i in range(STRETCHES)]
     np.testing.assert_array_equal(np.concatenate([part["samples"] for part in parts]), whole.sound)
@@ -119,7 +119,8 @@ def test_voices_come_with_their_mouths():
 def test_clips_come_with_what_was_heard_before(tmp_path):
     """In the world a recording begins somewhere in the memory or before it; stretches of one follow each other."""
     bucket, memory = Bucket(width=32, height=32, frames=9, batch=4), 40 * SPEECH_TOKEN
-    source = open_source(DataConfig(source="voices", buckets=(bucket,)), bucket, 25, memory)
+    remembering = replace(MODEL, speech=replace(MODEL.speech, memory=40))
+    source = open_source(DataConfig(source="voices", buckets=(bucket,)), bucket, remembering)
     parts = [source.record(index, None)["samples"] for index in range(8 * STRETCHES)]
     assert {len(part) for part in parts} == {memory + 9 * 640}
     for index in range(1, len(parts)):
@@ -128,11 +129,13 @@ def test_clips_come_with_what_was_heard_before(tmp_path):
     began = [np.flatnonzero(part)[0] for part in parts[::STRETCHES]]
     assert {0 < first < memory for first in began} == {False, True} and min(began) == 0
     pictures = replace(PUPPETS, driven=0.5)
-    remembers, forgets = (open_source(pictures, PUPPETS.buckets[0], 25, n).record(3, None) for n in (memory, 0))
+    remembers, forgets = (
+        open_source(pictures, PUPPETS.buckets[0], model).record(3, None) for model in (remembering, MODEL)
+    )
     assert len(remembers["samples"]) == memory + len(forgets["samples"])
 
     config = clip_folders(tmp_path)
-    taken = data.Records(config, config.buckets[0], 25, memory).take(0, np.random.default_rng(3))["samples"]
+    taken = data.Records(config, config.buckets[0], remembering).take(0, np.random.default_rng(3))["samples"]
     assert len(taken) == memory + 5 * 640
     level = taken[memory:][::640]  # frame i of the file sounds i / 100
     start = round(100 * level[0])
@@ -191,7 +194,7 @@ def test_a_process_loads_the_rows_of_its_own_devices():
             found = self._whole.addressable_devices_indices_map(shape)
             return {device: index for device, index in found.items() if index[0].start in (2, 6)}
 
-    loader = data.Loader(PUPPETS, puppet_row(), 25, mesh)
+    loader = data.Loader(PUPPETS, puppet_row(), MODEL, mesh)
     loader._sharding = Half(loader._sharding)
     np.testing.assert_array_equal(loader.rows(PUPPETS.buckets[0]), rows)
     whole = np.arange(8.0)
@@ -202,7 +205,7 @@ def test_a_process_loads_the_rows_of_its_own_devices():
 def test_a_batch_has_to_spread_over_the_mesh():
     uneven = replace(PUPPETS, buckets=(replace(PUPPETS.buckets[0], batch=6),))
     with pytest.raises(ValueError, match="multiple"):
-        data.Loader(uneven, puppet_row(), 25, make_mesh(**SIZES))
+        data.Loader(uneven, puppet_row(), MODEL, make_mesh(**SIZES))
 
 
 def test_padding_shrinks_the_clip_and_its_masks():
@@ -218,7 +221,7 @@ def test_padding_shrinks_the_clip_and_its_masks():
 def test_close_ups_are_cut_around_the_mouth():
     near = Bucket(width=32, height=32, frames=5, batch=8, closeup=3)
     config = replace(PUPPETS, buckets=(near,))
-    whole = open_source(config, near, 25).record(3, None)
+    whole = open_source(config, near, MODEL).record(3, None)
     close = data.close_up(whole, near, np.random.default_rng(0))
     assert whole["video"].shape == (5, 96, 96, 3) and whole["portrait"].shape == (96, 96, 3)
     assert close["video"].shape == (5, 32, 32, 3) and close["lip"].shape == (5, 32, 32)
@@ -228,14 +231,14 @@ def test_close_ups_are_cut_around_the_mouth():
         if np.array_equal(whole["video"][:, y : y + 32, x : x + 32], close["video"])
     )  # fmt: skip
     np.testing.assert_array_equal(whole["portrait"][top : top + 32, left : left + 32], close["portrait"])
-    clips = take(data.Loader(config, data.footage_row, 25, make_mesh(**SIZES)), 1)[0].clips
+    clips = take(data.Loader(config, data.footage_row, MODEL, make_mesh(**SIZES)), 1)[0].clips
     assert clips.video.shape == (8, 5, 32, 32, 3) and clips.lip.any(axis=(1, 2, 3)).all()
 
 
 def test_clip_folders(tmp_path):
     config = clip_folders(tmp_path)
     bucket = config.buckets[0]
-    records = data.Records(config, bucket, 25)
+    records = data.Records(config, bucket, MODEL)
     taken = [records.take(serial, np.random.default_rng(serial)) for serial in range(6)]
     assert sorted(record["name"] for record in taken[:2]) == sorted(record["name"] for record in taken[2:4])
     for record in taken:
@@ -250,7 +253,7 @@ def test_clip_folders(tmp_path):
     shutil.rmtree(tmp_path / "singing" / "00002" / "lip_masks")
     with pytest.raises(ValueError, match="whole_masks"):
         [records.take(serial, np.random.default_rng(0)) for serial in range(2)]
-    whole = data.Records(replace(config, whole_masks=True), bucket, 25)
+    whole = data.Records(replace(config, whole_masks=True), bucket, MODEL)
     assert all(whole.take(serial, np.random.default_rng(0))["face"].min() == 255 for serial in range(2))
 
 
@@ -284,8 +287,8 @@ def write_wave(path: Path, samples: np.ndarray):
 @pytest.mark.slow
 def test_workers_make_the_same_batches():
     mesh = make_mesh(**SIZES)
-    alone = take(data.Loader(PUPPETS, puppet_row(), 25, mesh), 2)
-    helped = take(data.Loader(replace(PUPPETS, workers=1), puppet_row(), 25, mesh), 2)
+    alone = take(data.Loader(PUPPETS, puppet_row(), MODEL, mesh), 2)
+    helped = take(data.Loader(replace(PUPPETS, workers=1), puppet_row(), MODEL, mesh), 2)
     for one, two in zip(alone, helped, strict=True):
         assert one.names == two.names
         jax.tree.map(np.testing.assert_array_equal, one.clips, two.clips)

@@ -37,7 +37,7 @@ from kavatar_jax.training.config import (
 )
 from kavatar_jax.training.prepare import prepare
 from kavatar_jax.types import silent
-from tests.puppet_batches import OTHER_SIZES, SIZES, take
+from tests.puppet_batches import MODEL, OTHER_SIZES, SIZES, take
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,7 +215,7 @@ def test_another_mesh_goes_on_with_the_same_numbers(world, straight, interrupted
 def test_numbers_that_blow_up_stop_the_run(world, straight, tmp_path):
     """One clip that is not finite: the message names its batch, and the state before it is kept."""
     clips = Path(shutil.copytree(world.data.folder, tmp_path / "clips"))
-    order = data.Records(world.data, world.data.buckets[0], 25)
+    order = data.Records(world.data, world.data.buckets[0], MODEL)
     batch = world.data.buckets[0].batch
     name = order.take(4 * batch, np.random.default_rng(0))["name"]  # the first clip of the fifth batch
     seen_before = [order.take(serial, np.random.default_rng(0))["name"] for serial in range(4 * batch)]
@@ -350,10 +350,10 @@ def test_buckets_of_two_lengths_and_audio_over_the_clip(world, tmp_path):
     objective = replace(world.objective, clip_level=0.5)
     clips = replace(world.data, folder=str(folder), buckets=(long, short))
     config = replace(world, steps=6, data=clips, objective=objective)
-    loader = data.Loader(config.data, lambda *_: None, 25, make_mesh(**SIZES))
+    loader = data.Loader(config.data, lambda *_: None, MODEL, make_mesh(**SIZES))
     assert [batch.bucket.frames for batch in take(loader, 6)].count(5) == 2
     drawn = {(batch.bucket.frames, loop.draw_clip_level(config, n + 1)) for n, batch in enumerate(
-        take(data.Loader(config.data, lambda *_: None, 25, make_mesh(**SIZES)), 6))}  # fmt: skip
+        take(data.Loader(config.data, lambda *_: None, MODEL, make_mesh(**SIZES)), 6))}  # fmt: skip
     assert len(drawn) > 2
     assert loop.train(config, tmp_path / "out", resume=False) == 6
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path / "out").values())
@@ -383,10 +383,10 @@ def test_prepared_clips_are_the_encoded_ones(tmp_path):
     with jax.set_mesh(mesh):
         task = loop.open_task(tiny, mesh)
         _, frozen, _ = state.begin(tiny, task.components, mesh)
-        batch = next(data.Loader(tiny.data, task.row, 25, mesh))
+        batch = next(data.Loader(tiny.data, task.row, MODEL, mesh))
         fresh = jax.device_get(task.encode(task.prepare(frozen), batch.clips))
     config = replace(tiny.data, source="prepared", folder=str(tmp_path))
-    read = jax.device_get(next(data.Loader(config, task.row, 25, mesh)))
+    read = jax.device_get(next(data.Loader(config, task.row, MODEL, mesh)))
     order = [int(name.rsplit("/", 1)[1]) for name in read.names]  # puppets come in order, files shuffled
     for name in ("latents", "face", "lip", "speech", "text"):
         np.testing.assert_allclose(getattr(read.clips, name), getattr(fresh, name)[order], rtol=2e-3, atol=2e-3)
@@ -417,7 +417,7 @@ def test_the_autoencoder_learns_and_measures_its_latents(tmp_path):
     shape = abstract("vae", stored)
     places = jax.tree.map(lambda _: replicated(make_mesh(data=8)), shape)
     params = files.load_component(tmp_path / "weights" / "vae", shape, places)
-    clips = next(data.Loader(config.data, data.footage_row, 25, make_mesh(data=8), position=100)).clips
+    clips = next(data.Loader(config.data, data.footage_row, MODEL, make_mesh(data=8), position=100)).clips
     mean, _ = jax.jit(lambda p, v: vae.encode(p, v / 127.5 - 1, stored))(params, clips.video.astype(jnp.float32))
     assert np.all(np.abs(np.asarray(mean).mean(axis=(0, 1, 2, 3))) < 0.5)
     np.testing.assert_allclose(np.asarray(mean).std(axis=(0, 1, 2, 3)), 1, atol=0.4)

@@ -58,8 +58,7 @@ class Loaded(NamedTuple):
 class Loader:
     """Batches from `position` on, without end."""
 
-    def __init__(self, config: DataConfig, row: Row, fps: int, mesh, *, memory: int = 0, position: int = 0):
-        """fps: frames a second of the model; memory: Config.memory_samples."""
+    def __init__(self, config: DataConfig, row: Row, model: Config, mesh, *, position: int = 0):
         self.position, self._config = position, config
         self._sharding = batch_sharding(mesh)
         for bucket in config.buckets:
@@ -68,7 +67,7 @@ class Loader:
                     f"a batch of {bucket.batch} does not spread over data x fsdp = {batch_slots(mesh)} places; "
                     f"use a multiple of it"
                 )
-        sources = [_Batches(config, bucket, row, fps, memory, self.rows(bucket)) for bucket in config.buckets]
+        sources = [_Batches(config, bucket, row, model, self.rows(bucket)) for bucket in config.buckets]
         batches = [grain.MapDataset.source(source) for source in sources]
         mixed = grain.MapDataset.mix(batches, [bucket.weight for bucket in config.buckets])
         # what decodes and renders is mostly ffmpeg and numpy, which let other threads run
@@ -109,9 +108,9 @@ def place(tree, rows: np.ndarray, batch: int, sharding):
 class Records:
     """A source in an order that has no end: record number `serial`, whatever was taken before."""
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int = 0):
+    def __init__(self, config: DataConfig, bucket: Bucket, model: Config):
         self._bucket = bucket
-        self._source = open_source(config, bucket, fps, memory)
+        self._source = open_source(config, bucket, model)
         order = grain.MapDataset.range(len(self._source))
         if not self._source.endless:
             order = order.shuffle(seed=config.seed + config.buckets.index(bucket))  # anew each time round
@@ -126,10 +125,10 @@ class Records:
 class _Batches:
     """A source of batches: (number of the bucket, names, rows)."""
 
-    def __init__(self, config: DataConfig, bucket: Bucket, row: Row, fps: int, memory: int, rows: np.ndarray):
+    def __init__(self, config: DataConfig, bucket: Bucket, row: Row, model: Config, rows: np.ndarray):
         self._config, self._bucket, self._row, self._rows = config, bucket, row, rows
         self._number = config.buckets.index(bucket)
-        self._records = Records(config, bucket, fps, memory)
+        self._records = Records(config, bucket, model)
 
     def __len__(self) -> int:
         return sys.maxsize // self._bucket.batch

@@ -46,9 +46,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool) -> int:
         state, position = _restore(store, state, shardings, resume)
         fixed = task.prepare(frozen)
         step = make_step(task.losses, task.draw, config, shardings, mesh)
-        batches = Loader(
-            config.data, task.row, config.model.fps, mesh, memory=config.model.memory_samples, position=position
-        )
+        batches = Loader(config.data, task.row, config.model, mesh, position=position)
         samples = open_samples(config, task, fixed, mesh, out)
 
         with Log(config.log, out, config.steps) as log, _sigterm() as asked:

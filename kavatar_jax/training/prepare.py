@@ -73,7 +73,7 @@ def _batches(
         number = draw_last(rng, bucket.frames)
         return [row(record, portrait, number if last else 0) for portrait, last in views]
 
-    records = Records(config.data, bucket, config.model.fps, config.model.memory_samples)
+    records = Records(config.data, bucket, config.model)
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.ahead * bucket.batch)
     stream = iter(grain.MapDataset.range(first, count).map(load).to_iter_dataset(options))
     for start in range(first, count, bucket.batch):

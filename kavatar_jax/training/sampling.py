@@ -119,11 +119,7 @@ def open_samples(config: TrainConfig, task, fixed: Params, mesh, out: Path) -> S
     look, slots = config.samples, batch_slots(mesh)
     shown = look.data.buckets[0].batch
     bucket = replace(look.data.buckets[0], batch=slots * -(-shown // slots))  # a whole number for each slot of the mesh
-    clips = next(
-        Loader(
-            replace(look.data, buckets=(bucket,)), task.row, config.model.fps, mesh, memory=config.model.memory_samples
-        )
-    ).clips
+    clips = next(Loader(replace(look.data, buckets=(bucket,)), task.row, config.model, mesh)).clips
     batch = task.encode(fixed, clips)
 
     def perform(whole: Params) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 A record of the sources "puppets" and "clips" is a dict:
     name: what to call it in messages                  video: (F, H, W, 3) uint8 of the bucket's source_size
-    samples: (n,) float32, `memory` and then F frames   face, lip: (F, H, W) bool, or uint8 with 255 inside
+    samples: (n,) float32, a memory and then F frames  face, lip: (F, H, W) bool, or uint8 with 255 inside
     prompt: str                                        portrait: (H, W, 3) uint8, where there is one
     director: (L, D) float32, where there is one
-Before the first frame there are `memory` samples of what was heard until then, silence where the recording begins later.
+The memory is what was heard before the first frame, Config.memory_samples; silence where the recording begins later.
 One of "voices" has a name, samples, and `mouth`, (F, 2) float32 opening and width.
 One of "prompts" has a name, a prompt and `meant`, (len(MEANINGS),) float32 of what the prompt asks for.
 One of "prepared" holds a row of every field of a Batch; see `prepared`.
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from kavatar_jax.config import Config
 from kavatar_jax.director.rules import direct
 from kavatar_jax.media.audio import load_speech
 from kavatar_jax.media.image import resize
@@ -48,15 +49,15 @@ class Source(Protocol):
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]: ...
 
 
-def open_source(config: DataConfig, bucket: Bucket, fps: int, memory: int = 0) -> Source:
-    """memory: Config.memory_samples. ValueError if what the config names is not there."""
+def open_source(config: DataConfig, bucket: Bucket, model: Config) -> Source:
+    """Records as `model` sees and hears them. ValueError if what the config names is not there."""
     if config.source == "prepared":
         return Prepared(config, bucket)
     if config.source == "clips":
-        return ClipFolders(config, bucket, fps, memory)
+        return ClipFolders(config, bucket, model)
     if config.source == "prompts":
         return PuppetPrompts(config)
-    return {"puppets": Puppets, "voices": PuppetVoices}[config.source](config, bucket, fps, memory)
+    return {"puppets": Puppets, "voices": PuppetVoices}[config.source](config, bucket, model)
 
 
 class Puppets:
@@ -64,7 +65,7 @@ class Puppets:
 
     endless = True
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
+    def __init__(self, config: DataConfig, bucket: Bucket, model: Config):
         self._directed = config.directed
         width, height = bucket.source_size
         number = config.buckets.index(bucket)  # buckets do not show the same performances at two sizes
@@ -75,9 +76,9 @@ class Puppets:
                 frames=bucket.frames,
                 width=width,
                 height=height,
-                fps=fps,
+                fps=model.fps,
                 driven=config.driven,
-                memory=memory,
+                memory=model.memory_samples,
             )
         )
 
@@ -105,17 +106,17 @@ class PuppetVoices:
 
     endless = True
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
-        self._frames, self._memory = bucket.frames, memory
+    def __init__(self, config: DataConfig, bucket: Bucket, model: Config):
+        self._frames, self._memory = bucket.frames, model.memory_samples
         self._records = RecordsConfig(
             seed=config.seed,
             split=config.split,
             frames=STRETCHES * bucket.frames,
-            fps=fps,
+            fps=model.fps,
             driven=config.driven,
-            memory=memory,
+            memory=model.memory_samples,
         )
-        self._samples = bucket.frames * SAMPLE_RATE // fps
+        self._samples = bucket.frames * SAMPLE_RATE // model.fps
 
     def __len__(self) -> int:
         return 1 << 31
@@ -182,8 +183,8 @@ class ClipFolders:
 
     endless = False
 
-    def __init__(self, config: DataConfig, bucket: Bucket, fps: int, memory: int):
-        self._config, self._bucket, self._fps, self._memory = config, bucket, fps, memory
+    def __init__(self, config: DataConfig, bucket: Bucket, model: Config):
+        self._config, self._bucket, self._fps, self._memory = config, bucket, model.fps, model.memory_samples
         listing = Path(config.folder) / bucket.clips
         if not bucket.clips or not listing.is_file():
             raise ValueError(f"a bucket's clips is {bucket.clips!r}; name a file in {config.folder} that lists folders")
