@@ -70,7 +70,11 @@ def generate(
 def compile_(
     config: Annotated[str, typer.Option(help="A name in configs/, NAME:VARIANT, or a file.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Weights directory, of which only the configs are read.")] = None,
-    mode: Annotated[str, typer.Option(help="cascade or single.")] = "cascade",
+    mode: Annotated[str, typer.Option(help="cascade, single or video.")] = "cascade",
+    portrait: Annotated[Path | None, typer.Option(help="Mode video: as of kavatar generate.")] = None,
+    last_frame: Annotated[Path | None, typer.Option(help="Mode video: as of kavatar generate.")] = None,
+    instruction: Annotated[str, typer.Option(help="Mode video: any words, where there is no picture.")] = "",
+    frames: Annotated[int | None, typer.Option(help="Mode video: as of kavatar generate.")] = None,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "",
     fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -82,8 +86,8 @@ def compile_(
     from kavatar_jax.cascade import ahead, command
 
     order = command.Order(
-        out=Path("-"), config=config, weights=weights, mode=mode, size=size, fps=fps, steps=steps, cache=cache,
-        fields=tuple(set_ or ()),
+        out=Path("-"), config=config, weights=weights, mode=mode, portrait=portrait, last_frame=last_frame,
+        instruction=instruction, frames=frames, size=size, fps=fps, steps=steps, cache=cache, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
         ahead.run(order, lengths)

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
-from configs import demo
+from configs import demo, wan
 from kavatar_jax.__main__ import app
 from kavatar_jax.cascade.command import DEMO
 from kavatar_jax.cascade.denoise import TEXTS, Shared, fill_banks
@@ -85,19 +85,23 @@ def test_banks_are_filled_with_their_last_rows():
     assert len(alone.text) == TEXTS and len(alone.condition) == 1
 
 
-@pytest.mark.parametrize("words", [["--lengths", "1,x"], ["--lengths", "0"], ["--mode", "video"], ["--size", "1"]])
+@pytest.mark.parametrize(
+    "words", [["--lengths", "1,x"], ["--lengths", "0"], ["--mode", "video"], ["--mode", "film"], ["--size", "1"]]
+)
 def test_bad_orders_are_one_line(words):
     result = CliRunner().invoke(app, ["compile", "--config", "demo:tiny", *words])
     assert result.exit_code == 2 and result.output.startswith("kavatar: ") and result.output.count("\n") == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["single", "cascade"])
+@pytest.mark.parametrize("mode", ["single", "cascade", "video"])
 def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode):
     """No program, that is, that takes long enough to compile to be kept."""
-    folder = make_weights(tmp_path / "weights", demo.tiny())
+    config = wan.tiny() if mode == "video" else demo.tiny()
+    folder = make_weights(tmp_path / "weights", config)
     soundfile.write(tmp_path / "speech.wav", np.zeros(SAMPLE_RATE), SAMPLE_RATE)
-    order = ["--config", "demo:tiny", "--weights", str(folder), "--mode", mode]
+    order = ["--config", config.name, "--weights", str(folder), "--mode", mode]
+    order += ["--instruction", "Rain on a window."] if mode == "video" else []
 
     def kavatar(*words, least):
         """least: seconds of compiling from which a program is kept, or missed; a busy machine takes longer."""
@@ -110,6 +114,6 @@ def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode):
 
     told, compiled = kavatar("compile", "--lengths", "1", least=0.2)
     assert compiled > 0 and f": {compiled} programs, " in told
-    speech, video = str(tmp_path / "speech.wav"), str(tmp_path / "video.mp4")
-    _, missed = kavatar("generate", "--speech", speech, "--out", video, least=1.0)
+    speech = [] if mode == "video" else ["--speech", str(tmp_path / "speech.wav")]
+    _, missed = kavatar("generate", *speech, "--out", str(tmp_path / "video.mp4"), least=1.0)
     assert missed == 0

@@ -1,10 +1,10 @@
 """What `kavatar compile` does: the programs that `kavatar generate` would run are compiled, and kept where it finds them.
 
-The pipeline itself is run, on silence and without weights, its programs compiled and not called (parallel/programs.py).
-What a program is compiled for depends on the settings and on how long the speech is, in steps: windows come in buckets, and
-from a few windows on single mode has the same programs for any length. In a cascade the number of sub-clips depends on the
-pauses as well, which silence does not have; where a storyline gives another bucket, or more than four different texts, the
-sampling step is compiled when it is met.
+The pipeline itself is run, on silence (a plain video: on its own words and pictures) and without weights, its programs
+compiled and not called (parallel/programs.py). What a program is compiled for depends on the settings and on how long the
+speech is, in steps: windows come in buckets, and from a few windows on single mode has the same programs for any length. In
+a cascade the number of sub-clips depends on the pauses as well, which silence does not have; where a storyline gives another
+bucket, or more than four different texts, the sampling step is compiled when it is met.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from kavatar_jax.cascade.command import SPOKEN, Order, choose_config, draw, find_weights, read_portrait
+from kavatar_jax.cascade.command import Order, choose_config, draw, find_weights, read_portrait, read_scene
 from kavatar_jax.cascade.weights import describe_weights
+from kavatar_jax.config import Config
 from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.director.rules import direct
 from kavatar_jax.parallel.mesh import make_mesh
@@ -26,9 +27,10 @@ LONGEST = 3600.0  # seconds of speech: more needs no other programs
 
 
 def run(order: Order, lengths: str) -> None:
-    """Compile for speech of each of these lengths, seconds with commas between. ValueError for whatever is wrong with it."""
-    if order.mode not in SPOKEN:
-        raise ValueError(f"--mode {order.mode} is not one of {', '.join(SPOKEN)}, whose programs can be compiled ahead")
+    """Compile for speech of each of these lengths, seconds with commas between. ValueError for whatever is wrong with it.
+
+    A plain video (mode "video") is as long as its config says, whatever the lengths.
+    """
     seconds = _read_lengths(lengths)
     config = choose_config(order)
     keep_compiled_programs()
@@ -40,14 +42,20 @@ def run(order: Order, lengths: str) -> None:
         console.print(f"{name.strip('_')}: {duration:.1f} s, {kept}")
 
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
-        weights, portrait = describe_weights(find_weights(order, config), config), read_portrait(order, config)
-        for length in seconds:
-            speech = Speech(samples=np.zeros(round(length * SAMPLE_RATE), np.float32))
-            request = Request(portrait=portrait, speech=speech, instruction=order.instruction)
-            for _ in draw(order, request, direct(request), weights, config, silent).images:
+        weights = describe_weights(find_weights(order, config), config)
+        scene = read_scene(order, config) if order.mode == "video" else None
+        for request in [scene] if scene else _silences(order, config, seconds):
+            plan = direct(request) if isinstance(request, Request) else None
+            for _ in draw(order, request, plan, weights, config, silent).images:
                 pass
     count, size = store.content()
     console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+def _silences(order: Order, config: Config, seconds: list[float]) -> list[Request]:
+    portrait = read_portrait(order, config)
+    waves = [np.zeros(round(length * SAMPLE_RATE), np.float32) for length in seconds]
+    return [Request(portrait=portrait, speech=Speech(samples=wave), instruction=order.instruction) for wave in waves]
 
 
 class _Store:
