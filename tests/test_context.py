@@ -7,6 +7,7 @@ import pytest
 
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.context import join
+from kavatar_jax.nn.frames import heard_to_tokens, tokens_to_heard
 from kavatar_jax.parallel.mesh import make_mesh
 from tools.benchmarks.hlo import cost_of
 
@@ -66,3 +67,44 @@ def test_heads_for_tokens_send_less_than_all_keys(heads, kinds):
     assert cost.sent["all-to-all"] == 4 * shard * (group - 1) / group
     assert cost.sent["collective-permute"] == 2 * shard * (P // group - 1)
     assert cost.products == pytest.approx(4 * S * S * heads * K / P, rel=0.01)
+
+
+FRAMES = {  # clips, frames, tokens of one, mesh
+    "parts that are no frames": (1, 6, 20, (1, 1, 8, 1)),
+    "parts of one frame or two": (1, 3, 40, (1, 1, 8, 1)),
+    "some frames each": (2, 4, 9, (2, 1, 2, 2)),
+    "one for all": (2, 1, 16, (2, 1, 4, 1)),
+    "tokens that do not divide": (1, 3, 5, (1, 1, 4, 2)),
+}
+
+
+def hearing(q, k, v):
+    """Some frames hear less than others."""
+    B, T, A = k.shape[:3]
+    heard = jnp.arange(A) < jnp.array([7, 3, 5, 6, 1, 7])[:T, None]
+    return tokens_to_heard(q, k, v, jnp.broadcast_to(heard, (B, T, A)))
+
+
+@pytest.mark.parametrize("case", FRAMES)
+@pytest.mark.parametrize(("attention", "sent"), [(hearing, set()), (heard_to_tokens, {"all-reduce"})])
+def test_frames_over_devices_give_the_numbers_of_one(attention, sent, case):
+    """No token is sent: those that hear have the keys with them, and of those that are looked at, sums are added up."""
+    B, T, tokens, sizes = FRAMES[case]
+    row, heard = draw(B, T * tokens, 2, 8), (x.reshape(B, T, 7, 2, 8) for x in draw(B, T * 7, 2, 8))
+    arrays = (row[0], *list(heard)[1:]) if attention is hearing else (next(heard), *row[1:])
+
+    def both_ways(*arrays):
+        return attention(*arrays), *jax.grad(lambda *x: jnp.sum(jnp.sin(attention(*x))), (0, 1, 2))(*arrays)
+
+    alone = jax.jit(both_ways)(*arrays)
+    with jax.set_mesh(mesh := make_mesh(*sizes)):
+        for mine, other in zip(jax.jit(both_ways)(*arrays), alone, strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-6, atol=2e-6)
+        if T * tokens % sizes[2]:
+            return
+        places = {4: jax.P(("data", "fsdp"), "context", "tensor"), 5: jax.P(("data", "fsdp"), None, None, "tensor")}
+        shapes = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, places[x.ndim])) for x in arrays
+        ]
+        program = jax.jit(attention, out_shardings=shapes[0].sharding).lower(*shapes).compile()
+    assert set(cost_of(program.as_text()).sent) == sent

@@ -64,6 +64,19 @@ def test_error_of_a_product_of_gaussians(form, low, high):
     assert low < error < high
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_operands_spread_over_a_mesh_give_the_same_product(form):
+    """A channel's scale is of its whole column, wherever its parts lie; sums of int8 products are exact in any order."""
+    rng = np.random.default_rng(5)
+    x, kernel = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 24, 64), (64, 32)))
+    mesh = make_mesh(2, 2, 1, 2)
+    places = (jax.P("data", "context"), jax.P("fsdp", "tensor"))
+    spread = (jax.device_put(array, jax.NamedSharding(mesh, at)) for array, at in zip((x, kernel), places, strict=True))
+    np.testing.assert_allclose(
+        product(*spread, form), product(x, kernel, form), rtol=0 if form == "int8" else 1e-5, atol=1e-5
+    )
+
+
 def test_a_linear_layer_keeps_its_parameters_and_its_bias():
     x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 7, 32)), jnp.float32)
     kernel = jax.random.normal(jax.random.key(0), (32, 16)) / 32**0.5

@@ -11,7 +11,7 @@ import numpy as np
 
 from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import DiTConfig
-from kavatar_jax.nn.attention import attend
+from kavatar_jax.nn.frames import heard_to_tokens
 from kavatar_jax.nn.layers import LayerNorm, Linear, RMSNorm, gelu_tanh, layer_norm
 from kavatar_jax.nn.stack import stack
 from kavatar_jax.parallel.sharding import constrain
@@ -25,11 +25,11 @@ class AudioAdapter(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, speech_BLD, slices_BTA, tokens_BTPD, time_BD, modulation_B6D):
+    def __call__(self, speech_BLD, slices_BTA, tokens_BSD, time_BD, modulation_B6D):
         """Audio tokens (B, T, A, D) float32.
 
         speech_BLD: (B, L, speech_width) features; slices_BTA: row of `speech_BLD` for each place, or SILENCE or ABSENT
-        tokens_BTPD: patch-embedded latents; time_BD, modulation_B6D: the DiT's timestep embedding and its projection
+        tokens_BSD: patch-embedded latents; time_BD, modulation_B6D: the DiT's timestep embedding and its projection
         """
         c, a = self.config, self.config.audio
         assert a is not None
@@ -42,7 +42,7 @@ class AudioAdapter(nn.Module):
 
         if a.layers:
             blocks = stack(AdapterBlock, layers=a.layers, remat=c.remat, broadcast=2)(c, name="blocks")
-            x_BTAD, _ = blocks(x_BTAD, tokens_BTPD, modulation_B6D)
+            x_BTAD, _ = blocks(x_BTAD, tokens_BSD, modulation_B6D)
 
         x_BTAD = layer_norm(x_BTAD, 1e-6)
         if a.modulated:
@@ -79,7 +79,7 @@ class AdapterBlock(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x_BTAD, tokens_BTPD, modulation_B6D):
+    def __call__(self, x_BTAD, tokens_BSD, modulation_B6D):
         c, a = self.config, self.config.audio
         assert a is not None
         shift_mlp, scale_mlp, gate_mlp = 0, 0, 1
@@ -87,33 +87,23 @@ class AdapterBlock(nn.Module):
             shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(self, "modulation", 6, c, modulation_B6D)
             x_BTAD = x_BTAD + (layer_norm(x_BTAD, 1e-6) * (1 + scale) + shift) * gate
         if a.looking:
-            x_BTAD = x_BTAD + self._look(x_BTAD, tokens_BTPD)
+            x_BTAD = x_BTAD + self._look(x_BTAD, tokens_BSD)
 
         h = (layer_norm(x_BTAD, 1e-6) * (1 + scale_mlp) + shift_mlp).astype(c.dtype)
         h = gelu_tanh(Linear(a.mlp, c.dtype, c.param_dtype, name="up")(h))
         return x_BTAD + Linear(c.width, c.dtype, c.param_dtype, name="down")(h) * gate_mlp, None
 
-    def _look(self, x_BTAD, tokens_BTPD):
+    def _look(self, x_BTAD, tokens_BSD):
         c, a = self.config, self.config.audio
         assert a is not None
         h = LayerNorm(1e-6, c.dtype, c.param_dtype, name="cross_norm")(x_BTAD)
         q = RMSNorm(1e-6, c.dtype, c.param_dtype, name="norm_q")(Linear(c.width, c.dtype, c.param_dtype, name="q")(h))
-        k = Linear(c.width, c.dtype, c.param_dtype, name="k")(tokens_BTPD)
+        k = Linear(c.width, c.dtype, c.param_dtype, name="k")(tokens_BSD)
         k = RMSNorm(1e-6, c.dtype, c.param_dtype, name="norm_k")(k)
-        v = Linear(c.width, c.dtype, c.param_dtype, name="v")(tokens_BTPD)
-        h = attend_per_frame(q, k, v, heads=a.heads)
+        v = Linear(c.width, c.dtype, c.param_dtype, name="v")(tokens_BSD)
+        q, k, v = (x.reshape(*x.shape[:-1], a.heads, -1) for x in (q, k, v))
+        h = heard_to_tokens(q, k, v).reshape(x_BTAD.shape)
         return Linear(c.width, c.dtype, c.param_dtype, name="o")(h)
-
-
-def attend_per_frame(q_BTAD, k_BTPD, v_BTPD, *, heads: int, keys_BTP=None):
-    """Attention inside each latent frame; keys_BTP masks keys that do not exist. Returns the shape of q."""
-    B, T = q_BTAD.shape[:2]
-
-    def fold(x):
-        return x.reshape(B * T, x.shape[2], heads, -1)
-
-    keys = None if keys_BTP is None else keys_BTP.reshape(B * T, -1)
-    return attend(fold(q_BTAD), fold(k_BTPD), fold(v_BTPD), keys_BL=keys).reshape(q_BTAD.shape)
 
 
 def gather_slices(x_BLD, slices_BTA):

@@ -16,10 +16,11 @@ from kavatar_jax.checkpoint.bridge import Row, linear, norm, table
 from kavatar_jax.config import AudioAdapterConfig, DiTConfig
 from kavatar_jax.diffusion.flow import TRAIN_STEPS, velocity_towards
 from kavatar_jax.models import audio_adapter, director_projection
-from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, AudioPack, attend_per_frame
+from kavatar_jax.models.audio_adapter import ABSENT, AudioAdapter, AudioPack
 from kavatar_jax.models.director_projection import DirectorProjection
 from kavatar_jax.models.dit_layers import Head, ImageEmbedding, Patchify, Skip, TextEmbedding, TimeEmbedding
 from kavatar_jax.nn.attention import attend
+from kavatar_jax.nn.frames import tokens_to_heard
 from kavatar_jax.nn.layers import (
     LayerNorm,
     Linear,
@@ -62,7 +63,7 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist, None for all.
+    """What every block reads. audio: (B, T, A, D); audio_keys: (B, T, A) which of its places exist.
 
     pack: (B, T, D) what each latent frame hears, added to its tokens; audio_gain: (B,) or None.
     """
@@ -116,8 +117,7 @@ class DiT(nn.Module):
         if c.director_width is not None and inputs.director is not None:
             director = DirectorProjection(c, name="director")(inputs.director)
         if c.audio is not None:
-            frames = tokens.reshape(tokens.shape[0], grid[0], -1, c.width)
-            audio = AudioAdapter(c, name="audio")(inputs.speech, inputs.slices, frames, time, modulation)
+            audio = AudioAdapter(c, name="audio")(inputs.speech, inputs.slices, tokens, time, modulation)
             audio = audio if inputs.heard is None else jnp.where(inputs.heard[:, None, None, None], audio, 0)
             audio_keys = inputs.slices != ABSENT
             if c.audio.pack:
@@ -227,19 +227,20 @@ class CrossAttention(nn.Module):
             h = h + attend_to(context.image, project("k_image", "norm_k_image"), project("v_image"))
         h = h.reshape(x_BSD.shape)
         if context.audio is not None:  # no norm on these keys, as released
-            heard = self._listen(q_BSD, project("k_audio")(context.audio), project("v_audio")(context.audio), context)
+            heard = self._listen(q, project("k_audio")(context.audio), project("v_audio")(context.audio), context)
+            heard = heard.reshape(x_BSD.shape)
             if context.audio_gain is not None:  # scaling the values would be the same
                 heard = (heard * context.audio_gain[:, None, None]).astype(c.dtype)
             h = h + heard
         return Linear(c.width, c.dtype, c.param_dtype, quantised=c.quantised, name="o")(h)
 
-    def _listen(self, q_BSD, k_BTAD, v_BTAD, context: Context):
+    def _listen(self, q_BSNK, k_BTAD, v_BTAD, context: Context):
         """Each latent frame hears its own slice; at clip level everything hears everything."""
+        assert context.audio_keys is not None
         B, T = k_BTAD.shape[:2]
         frames = 1 if self.clip_level else T
-        q, k, v = (x.reshape(B, frames, -1, x.shape[-1]) for x in (q_BSD, k_BTAD, v_BTAD))
-        keys = None if context.audio_keys is None else context.audio_keys.reshape(B, frames, -1)
-        return attend_per_frame(q, k, v, heads=self.config.heads, keys_BTP=keys).reshape(q_BSD.shape)
+        k, v = (x.reshape(B, frames, -1, *q_BSNK.shape[2:]) for x in (k_BTAD, v_BTAD))
+        return tokens_to_heard(q_BSNK, k, v, context.audio_keys.reshape(B, frames, -1))
 
 
 def show_reference(condition_BTHWC):
