@@ -30,7 +30,7 @@ def performed(tmp_path_factory):
     """Scenes with what the command made of them, as frames and their reading, and what it said."""
     folder, found = tmp_path_factory.mktemp("demo"), []
     for number in range(PUPPETS):
-        scene = synthetic(number, SECONDS, load_config("demo"), driven=0.5)
+        scene = synthetic(number, SECONDS, load_config("demo"), driven=0.75)
         Image.fromarray(scene.request.portrait).save(folder / "portrait.png")
         soundfile.write(folder / "speech.wav", scene.request.speech.samples, SAMPLE_RATE)
         words = (

@@ -3,8 +3,9 @@
 Puppets and voices that no training has seen perform, their frames are read back, and the readings are held against the
 truth (kavatar_jax.puppets.judge says how each number is made). Sections, all unless --only names some:
 
-    sync      mouth opening against what the phones say and the sound does, half each as in the clips that the demo's weights
-              were taught (--driven 0 for the phones alone), and with --audio against what puppets.drive makes of recordings
+    sync      mouth opening against what the phones say, one part, and the sound does, three, as in the clips that the demo's
+              weights were taught (--driven 0 for the phones alone), and with --audio against what puppets.drive makes of
+              recordings
     identity  CIEDE2000 of mean colours to the portrait, in the videos of sync
     drift     the same two along one video of --long-frames
     control   prompts for smiles, frowns, turns, a raised hand and zooms; the voice is neutral throughout
@@ -55,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=8, help="puppets in each section, and recordings")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each clip")
     parser.add_argument(
-        "--driven", type=float, default=0.5, help="share of the truth of synthetic voices that is the sound's"
+        "--driven", type=float, default=0.75, help="share of the truth of synthetic voices that is the sound's"
     )
     parser.add_argument("--long-frames", type=int, default=3700, help="of the video on which drift is measured")
     parser.add_argument("--steps", type=int, help="denoising steps")

@@ -51,7 +51,7 @@ def mouth_shares(params: Params, config: VAEConfig, *, clips: int, frames: int, 
     def encode(videos):
         return vae.encode(params, videos.astype(jnp.float32) / 127.5 - 1, config)[0]
 
-    records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=0.5, seed=3))
+    records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=0.75, seed=3))
     mouth, change = np.zeros((2, config.latent_channels))
     for number in range(clips):
         identity, _, _, state, _ = records.perform(number)

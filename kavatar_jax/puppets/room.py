@@ -36,7 +36,7 @@ def sample_room(seed: int) -> Room:
     rng = np.random.default_rng([seed, 0x20])
     return Room(
         gain=10 ** (rng.uniform(-10, 3) / 20),
-        snr=rng.uniform(18, 45),
+        snr=rng.uniform(12, 45),
         dull=rng.uniform(0, 1),
         hum=rng.uniform(0, 0.08) * (rng.random() < 0.4),
         mains=float(rng.choice([50.0, 60.0])),
