@@ -21,7 +21,7 @@ from kavatar_jax.puppets.state import column, rest_state
 from kavatar_jax.puppets.voice import sample_voice, utter
 from kavatar_jax.types import SAMPLE_RATE
 
-MARGIN = 2  # seconds
+MARGIN = 2  # seconds of a recording before a clip, for `drive` to judge by, and after it, where speech goes on
 SPLITS = {"train": 0, "held out": 1 << 30}  # where the seeds of a split's looks, voices and rooms begin
 
 
@@ -97,7 +97,7 @@ class Records:
         script = sample_script(rng, seconds)
         mood = {"smile": 1.0, "neutral": 0.0, "frown": -1.0}[script.emotion]
         step = SAMPLE_RATE // config.fps
-        margin = MARGIN * config.fps if config.driven else 0  # what `drive` has to know of the sound around the clip
+        margin = MARGIN * config.fps if config.driven else 0
         lead = max(margin, -(-config.memory // step))  # frames of the recording before the clip
         if config.memory:  # fewer in half of all clips, none in one of eleven: videos begin like that
             lead = round(lead * np.clip(rng.uniform(-0.2, 2), 0, 1))
