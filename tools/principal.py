@@ -36,7 +36,7 @@ def main(words: list[str] | None = None) -> int:
         if arguments.clips < 1:
             raise ValueError(f"--clips is {arguments.clips}; it must be at least 1")
         bucket = max(config.data.buckets, key=lambda bucket: (bucket.closeup == 1, bucket.frames))
-        records = Records(dataclasses.replace(config.data, buckets=(bucket,)), bucket, config.model.fps)
+        records = Records(dataclasses.replace(config.data, buckets=(bucket,)), bucket, config.model)
 
         def clips():
             for serial in range(arguments.clips):
