@@ -219,7 +219,12 @@ def test_blocks_that_are_skipped_are_not_in_the_program(config, weights):
 
 
 @pytest.mark.parametrize(
-    "fields", [[], ["sampling.solver=unipc", "sampling.overlap=3"], ["sampling.guided=(0.5, 1.0)"]]
+    "fields",
+    [
+        [],
+        pytest.param(["sampling.solver=unipc", "sampling.overlap=3"], marks=pytest.mark.slow),
+        pytest.param(["sampling.guided=(0.5, 1.0)"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_wave_reuses_what_lock_step_reuses(config, weights, fields):
     config = cached(set_fields(config, fields), mixed())
@@ -235,6 +240,7 @@ def test_a_wave_reuses_what_lock_step_reuses(config, weights, fields):
     assert np.abs(full - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_eight_devices_reuse_what_one_does(config, weights):
     config = cached(config, mixed())
     with jax.set_mesh(make_mesh(1, devices=jax.devices()[:1])):

@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -61,7 +62,7 @@ def fill(out: Path, config: Config, *, half: bool) -> Iterator[str]:
     for number, name in enumerate(COMPONENTS):
         if not (out / name / "config.json").is_file():
             part = getattr(config, name)
-            params = jax.device_get(model_of(name, part).init(part, jax.random.key(number)))
+            params = jax.device_get(jax.jit(partial(model_of(name, part).init, part))(jax.random.key(number)))
             if half:
                 params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
             save_component(params, part, out / name)
