@@ -10,8 +10,9 @@ demo: .venv/.ready
 	@mkdir -p out
 	$(RUN)/kavatar generate --mode single --instruction "First she smiles, then she nods." --out out/demo.mp4
 
+# most of it is compiling programs that run once: on two cores, and without optimising them; `pytest` alone optimises
 test: .venv/.ready
-	$(RUN)/python -m pytest -m "not slow and not torch"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not slow and not torch"
 
 lint: .venv/.ready-lint
 	$(RUN)/ruff check .

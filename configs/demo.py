@@ -16,6 +16,8 @@ from kavatar_jax.config import (
 )
 from kavatar_jax.models.vae import LATENT_MEAN, LATENT_STD
 
+DRIVEN = 0.75  # of the openings that its networks are taught, what the sound does; the rest is what the phones say
+
 
 def config() -> Config:
     return Config(

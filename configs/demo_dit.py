@@ -49,7 +49,7 @@ def config() -> TrainConfig:
             folder="clips",
             buckets=(bucket,),
             directed=True,
-            driven=0.75,
+            driven=demo.DRIVEN,
             seed=3,
             first_last=0.25,
             portrait=1.0,

@@ -25,7 +25,7 @@ def config() -> TrainConfig:
         model=model,
         task="speech",
         steps=1500,
-        data=DataConfig(source="voices", buckets=(voices,), driven=0.75, seed=4, ahead=8),
+        data=DataConfig(source="voices", buckets=(voices,), driven=demo.DRIVEN, seed=4, ahead=8),
         trained=TrainedConfig(patterns=(r"speech/.*",)),
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, warmup=50, schedule="cosine", final=0.02, ema=0.99),
         checkpoint=CheckpointConfig(every=250, keep=2),

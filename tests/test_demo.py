@@ -6,6 +6,7 @@ import soundfile
 from PIL import Image
 from typer.testing import CliRunner
 
+from configs.demo import DRIVEN
 from kavatar_jax import __main__
 from kavatar_jax.cascade import command
 from kavatar_jax.cascade.weights import check_complete
@@ -30,7 +31,7 @@ def performed(tmp_path_factory):
     """Scenes with what the command made of them, as frames and their reading, and what it said."""
     folder, found = tmp_path_factory.mktemp("demo"), []
     for number in range(PUPPETS):
-        scene = synthetic(number, SECONDS, load_config("demo"), driven=0.75)
+        scene = synthetic(number, SECONDS, load_config("demo"), driven=DRIVEN)
         Image.fromarray(scene.request.portrait).save(folder / "portrait.png")
         soundfile.write(folder / "speech.wav", scene.request.speech.samples, SAMPLE_RATE)
         words = (

@@ -30,6 +30,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from configs.demo import DRIVEN
 from kavatar_jax.cascade.command import MODES, with_cache
 from kavatar_jax.cascade.pipeline import generate, generate_in_one_pass
 from kavatar_jax.cascade.weights import Weights, load_weights, read_configs
@@ -56,7 +57,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=8, help="puppets in each section, and recordings")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each clip")
     parser.add_argument(
-        "--driven", type=float, default=0.75, help="share of the truth of synthetic voices that is the sound's"
+        "--driven", type=float, default=DRIVEN, help="share of the truth of synthetic voices that is the sound's"
     )
     parser.add_argument("--long-frames", type=int, default=3700, help="of the video on which drift is measured")
     parser.add_argument("--steps", type=int, help="denoising steps")

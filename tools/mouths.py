@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.demo import DRIVEN
 from kavatar_jax.config import VAEConfig
 from kavatar_jax.models import vae
 from kavatar_jax.puppets.records import Records, RecordsConfig
@@ -51,7 +52,7 @@ def mouth_shares(params: Params, config: VAEConfig, *, clips: int, frames: int, 
     def encode(videos):
         return vae.encode(params, videos.astype(jnp.float32) / 127.5 - 1, config)[0]
 
-    records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=0.75, seed=3))
+    records = Records(RecordsConfig(split="held out", frames=frames, width=size, height=size, driven=DRIVEN, seed=3))
     mouth, change = np.zeros((2, config.latent_channels))
     for number in range(clips):
         identity, _, _, state, _ = records.perform(number)

@@ -87,9 +87,8 @@ def synthetic(
 def real(number: int, path: Path, seconds: float, config: Config) -> Scene:
     """Held-out puppet `number` with the beginning of a recording."""
     sound = load_speech(path).samples[: round(seconds * SAMPLE_RATE)]
-    return _scene(
-        path.name, number, sound, drive(sound, config.fps)[:, 0], config, asked=judge.NEUTRAL, script=Script()
-    )
+    truth = drive(sound, config.fps)[:, 0]
+    return _scene(path.name, number, sound, truth, config, asked=judge.NEUTRAL, script=Script())
 
 
 def say(seed: int, person: str, frames: int, fps: int) -> tuple[np.ndarray, np.ndarray]:

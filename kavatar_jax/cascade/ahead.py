@@ -8,6 +8,7 @@ bucket, or more than four different texts, the sampling step is compiled when it
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.director.rules import direct
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.programs import compiling
-from kavatar_jax.types import SAMPLE_RATE, Request, Speech, silent
+from kavatar_jax.types import SAMPLE_RATE, Request, Scene, Speech, Storyline, silent
 
 LONGEST = 3600.0  # seconds of speech: more needs no other programs
 
@@ -43,19 +44,23 @@ def run(order: Order, lengths: str) -> None:
 
     with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
         weights = describe_weights(find_weights(order, config), config)
-        scene = read_scene(order, config) if order.mode == "video" else None
-        for request in [scene] if scene else _silences(order, config, seconds):
-            plan = direct(request) if isinstance(request, Request) else None
+        for request, plan in _takes(order, config, seconds):
             for _ in draw(order, request, plan, weights, config, silent).images:
                 pass
     count, size = store.content()
     console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
 
 
-def _silences(order: Order, config: Config, seconds: list[float]) -> list[Request]:
+def _takes(order: Order, config: Config, seconds: list[float]) -> Iterator[tuple[Request | Scene, Storyline | None]]:
+    """What the pipeline is run on, and the plan for it where somebody speaks."""
+    if order.mode == "video":
+        yield read_scene(order, config), None
+        return
     portrait = read_portrait(order, config)
-    waves = [np.zeros(round(length * SAMPLE_RATE), np.float32) for length in seconds]
-    return [Request(portrait=portrait, speech=Speech(samples=wave), instruction=order.instruction) for wave in waves]
+    for length in seconds:
+        speech = Speech(samples=np.zeros(round(length * SAMPLE_RATE), np.float32))
+        request = Request(portrait=portrait, speech=speech, instruction=order.instruction)
+        yield request, direct(request)
 
 
 class _Store:
