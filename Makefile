@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 RUN := .venv/bin
+# what a file's tests share is made once: a file goes to one of two processes
+ON_TWO_CORES := -n 2 --dist loadfile
 # folders of reference fixtures; the small ones come with the tests
 REFERENCES ?= tests/golden
 
@@ -10,9 +12,9 @@ demo: .venv/.ready
 	@mkdir -p out
 	$(RUN)/kavatar generate --mode single --instruction "First she smiles, then she nods." --out out/demo.mp4
 
-# most of it is compiling programs that run once: on two cores, and without optimising them; `pytest` alone optimises
+# most of the time goes into compiling programs that run once, so they are not optimised; in `make parity` they are
 test: .venv/.ready
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN)/python -m pytest -n 2 --dist loadfile -m "not slow and not torch"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN)/python -m pytest $(ON_TWO_CORES) -m "not slow and not torch"
 
 lint: .venv/.ready-lint
 	$(RUN)/ruff check .
@@ -22,7 +24,7 @@ lint: .venv/.ready-lint
 parity: .venv/.ready-parity .venv/.ready-aot
 	$(RUN)/python tools/parity.py $(wildcard $(REFERENCES)/*/)
 	PYTHONPATH=.venv/aot $(RUN)/python -m pytest tests/test_aot.py
-	$(RUN)/python -m pytest -m "slow or torch"
+	$(RUN)/python -m pytest $(ON_TWO_CORES) -m "slow or torch"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -94,12 +94,13 @@ def rows(folder: Path, wanted: list[Cell]) -> list[str]:
         if "needs" in found:
             lines.append(f"{start} does not fit: {found['needs']} |")
             continue
+        start += "".join(f" {found[f'{name}_bytes'] / 2**30:.2f} |" for name in ("argument", "peak", "chip"))
+        if "unread" in found:
+            lines.append(f"{start} not read | | | | | | {found['compile_seconds']:.0f} |")
+            continue
         sent = ", ".join(f"{kind} {bytes_ / 1e6:,.1f}" for kind, bytes_ in found["sent"].items()) or "nothing"
-        numbers = [found[f"{name}_bytes"] / 2**30 for name in ("argument", "peak", "chip")]
         lines.append(
-            start
-            + "".join(f" {number:.2f} |" for number in numbers)
-            + f" {sent} | {found['program_flops'] / 1e12:.1f} |"
+            f"{start} {sent} | {found['program_flops'] / 1e12:.1f} |"
             f" {found['program_to_expected']:.3f} | {found['roofline_seconds']:.2f} | {found['bound_by']} |"
             f" {found['utilisation_bound']:.2f} | {found['compile_seconds']:.0f} |"
         )

@@ -97,15 +97,21 @@ def _trace(task: str, config, count: int | None) -> programs.Program:
 
 
 def _examine(compiled, program: programs.Program, kind: str, head: int, devices: int) -> dict:
-    memory, cost, chip = compiled.memory_analysis(), cost_of(compiled.as_text()), CHIPS[kind]
+    memory, chip = compiled.memory_analysis(), CHIPS[kind]
     assert memory is not None, "the compiler gave no memory analysis"
-    times = roofline(cost, chip, head=head)
-    return {
+    report = {
         "fits": memory.peak_memory_in_bytes <= chip.memory,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "chip_bytes": chip.memory,
+    }
+    try:
+        cost = cost_of(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:  # the compiler is newer than jaxlib and writes what that cannot read
+        return report | {"unread": str(error).splitlines()[0]}
+    times = roofline(cost, chip, head=head)
+    return report | {
         "kernels": cost.kernel_calls,
         "collectives": dict(cost.counts),
         "sent": dict(cost.sent),
