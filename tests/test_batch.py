@@ -282,7 +282,7 @@ def start(manifest: Path, out: Path, *, address: str = "", index: int = 0, momen
     return subprocess.Popen(words, cwd=ROOT, env=programs, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("moment", ["ledger", "130"])
+@pytest.mark.parametrize("moment", ["ledger", pytest.param("130", marks=pytest.mark.slow)])
 def test_after_a_kill_the_rest_is_made_and_all_is_as_if_undisturbed(manifest, made, tmp_path, moment):
     killed = start(manifest, tmp_path, moment=moment)
     _, said = killed.communicate(timeout=1800)

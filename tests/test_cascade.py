@@ -258,7 +258,7 @@ def sample(request, weights, config, mesh):
         return windows.join(latents)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 1, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), pytest.param((2, 2, 1, 2), marks=pytest.mark.slow)])
 def test_windows_over_eight_devices_equal_one(weights, config, sizes):
     request = make_request(config, 5.0)
     mesh = make_mesh(*sizes)

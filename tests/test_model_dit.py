@@ -16,6 +16,8 @@ from tools import ablations
 from tools.reference import dit as reference
 from tools.reference.synthetic_weights import Fixture
 
+init = jax.jit(dit.init, static_argnums=0)  # compiled once, where it would be operation by operation
+
 FIXTURES = ["dit_1b_small", "dit_14b_small", "wan_t2v_small", "wan_i2v_small", "wan_flf2v_small"]
 
 
@@ -45,7 +47,7 @@ def test_a_weight_that_is_off_by_one_percent_is_noticed(monkeypatch):
 @pytest.fixture(scope="module")
 def tiny():
     config = demo.tiny().dit
-    params = dit.init(config, jax.random.key(0))
+    params = init(config, jax.random.key(0))
     return config, hearing(params)
 
 
@@ -86,7 +88,7 @@ def apply(config, variables, inputs):
 
 def test_speech_changes_nothing_before_training():
     config = demo.tiny().dit
-    params, inputs = dit.init(config, jax.random.key(0)), make_inputs(config)
+    params, inputs = init(config, jax.random.key(0)), make_inputs(config)
     assert np.abs(params["blocks"]["cross_attn"]["k_audio"]["kernel"]).max() > 0
     deaf = inputs._replace(heard=jnp.zeros(2, bool))
     np.testing.assert_array_equal(velocity(config, params, inputs), velocity(config, params, deaf))
@@ -98,7 +100,7 @@ def test_an_adapter_without_a_part_has_none_of_its_parameters(name):
     config = demo.tiny().dit
     parts = ablations.ADAPTERS[name]
     config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, **parts))
-    params = hearing(dit.init(config, jax.random.key(0)))
+    params = hearing(init(config, jax.random.key(0)))
     assert set(params["audio"]["blocks"] if "blocks" in params["audio"] else ()) == {
         *(("modulation",) if name in ("whole", "no cross-attention") else ()),
         *(("cross_norm", "norm_q", "norm_k", "q", "k", "v", "o") if name in ("whole", "no modulation") else ()),
@@ -142,7 +144,7 @@ def test_raised_attention_to_audio_is_raised_values(tiny):
 def test_an_untrained_director_changes_nothing(tiny):
     config, params = tiny
     directed = dataclasses.replace(config, director_width=20)
-    fresh = dit.init(directed, jax.random.key(1))
+    fresh = init(directed, jax.random.key(1))
     grown = jax.tree.map(lambda leaf: leaf, params)
     grown["director"] = fresh["director"]
     grown["blocks"]["cross_attn"]["director_gate"] = fresh["blocks"]["cross_attn"]["director_gate"]
@@ -176,7 +178,7 @@ def test_what_is_noisy_skips_to_the_output(tiny, predicts):
     inputs = make_inputs(config)
     plain = velocity(dataclasses.replace(config, predicts=predicts), params, inputs)
     skipping = dataclasses.replace(config, predicts=predicts, skip=True)
-    fresh = dit.init(skipping, jax.random.key(0))["skip"]
+    fresh = init(skipping, jax.random.key(0))["skip"]
     np.testing.assert_array_equal(velocity(skipping, {**params, "skip": fresh}, inputs), plain)
     gains = jnp.linspace(-1, 1, config.out_channels)
     time = {**fresh["time"], "bias": gains}
@@ -254,7 +256,7 @@ def test_a_slice_is_a_set_but_for_the_pack(tiny):
     np.testing.assert_allclose(velocity(config, params, backwards), plain, atol=2e-6)
     count = inputs.slices.shape[-1]
     packed = dataclasses.replace(config, layers=1, audio=dataclasses.replace(config.audio, pack=count + 2))
-    fresh = dit.init(packed, jax.random.key(6))
+    fresh = init(packed, jax.random.key(6))
     params = {**params, "pack": fresh["pack"]}
     params["blocks"] = {**jax.tree.map(lambda leaf: leaf[:1], params["blocks"]), "hear": fresh["blocks"]["hear"]}
     one = dataclasses.replace(config, layers=1)

@@ -35,13 +35,16 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+init = jax.jit(vae.init, static_argnums=0)  # compiled once, where it would be operation by operation
+
+
 def abstract(config):
     return jax.eval_shape(partial(vae.init, config), jax.random.key(0))
 
 
 def lively(config):
     """Fresh parameters, but with gains, biases and the last layer of attention drawn too: nothing may stay unseen."""
-    params = flatten(vae.init(config, jax.random.key(0)))
+    params = flatten(init(config, jax.random.key(0)))
     rng = np.random.default_rng(2)
     for path, leaf in jax.device_get(params).items():
         if not path.endswith("kernel") or path.endswith(("project/kernel", "bypass/kernel")):
@@ -196,7 +199,7 @@ def test_gradients(small):
 
 
 def test_gradient_of_a_grey_picture_is_finite():
-    params = vae.init(TWO_LEVELS, jax.random.key(0))  # no biases yet, so every feature is zero and so is its length
+    params = init(TWO_LEVELS, jax.random.key(0))  # no biases yet, so every feature is zero and so is its length
     gradient = jax.jit(jax.grad(lambda x: through(params, x, TWO_LEVELS, None)[0].sum()))(jnp.zeros((1, 1, 8, 8, 3)))
     assert np.isfinite(gradient).all()
 
@@ -307,7 +310,7 @@ def test_config_of_reads_the_shapes():
 
 
 def test_fresh_parameters():
-    params = flatten(vae.init(replace(FOUR_LEVELS, width=16, param_dtype="bfloat16"), jax.random.key(0)))
+    params = flatten(init(replace(FOUR_LEVELS, width=16, param_dtype="bfloat16"), jax.random.key(0)))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in params.values())
     kernel = np.asarray(params["encoder/level_1_block_1/conv1/kernel"], np.float32)
     assert kernel.std() == pytest.approx((27 * 32) ** -0.5, rel=0.02)

@@ -95,7 +95,10 @@ def test_a_wave_equals_lock_step(solver, fusion, stride, count, group):
         (4.0, 10**6, 2, ["sampling.solver=unipc", "sampling.steps=4", "sampling.fusion=uniform", "sampling.overlap=3"]),
         (3.0, 5000, 2, ["sampling.solver=dpm++", "sampling.steps=3", "sampling.overlap=4", "sampling.fusion=none"]),
         (2.5, 160, 1, ["sampling.overlap=0"]),
-        (1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3", "sampling.frame_scale=1.5"]),
+        pytest.param(
+            *(1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3", "sampling.frame_scale=1.5"]),
+            marks=pytest.mark.slow,
+        ),
         (4.0, 3000, 1, ["speech.memory=70"]),
     ],
 )

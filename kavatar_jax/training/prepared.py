@@ -7,12 +7,16 @@ first frame is the portrait, and whether a later frame, number `last`, is given 
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kavatar_jax.training.config import Bucket, DataConfig
+
+# numpy reads a header with Python's parser, which threads of Python 3.11 may not share (cpython issue 106905)
+_PARSER = threading.Lock()
 
 
 class Prepared:
@@ -36,7 +40,7 @@ class Prepared:
         return len(self._files)
 
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        with np.load(self._files[index]) as file:
+        with _PARSER, np.load(self._files[index]) as file:
             arrays = {name: file[name] for name in file.files}
         return {"name": f"{self._folder.name}/{self._files[index].stem}", "views": self.views, **arrays}
 
