@@ -24,6 +24,15 @@ def few_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For modules that are nearly all compilation: little is optimised, also where the run as a whole does optimise."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real portraits and recordings; tests that want them are skipped, visibly, where they are not."""

@@ -26,15 +26,7 @@ TWO_LEVELS = VAEConfig(width=6, latent_channels=4, multipliers=(1, 2), blocks=1,
 LATENTS = np.random.default_rng(0).standard_normal((7, 3, 5, 4)).astype(np.float32)
 VIDEO = np.random.default_rng(1).uniform(-1, 1, (1, 25, 12, 20, 3)).astype(np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests are mostly compilation, and the numbers are small."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 init = jax.jit(vae.init, static_argnums=0)  # compiled once, where it would be operation by operation
 
 

@@ -15,6 +15,7 @@ from kavatar_jax.models.components import COMPONENTS
 from kavatar_jax.types import SAMPLE_RATE
 
 CONFIG = replace(demo.config().speech, memory=0)
+init = jax.jit(whisper.init, static_argnums=0)  # compiled once, where it would be operation by operation
 
 
 def tone(hertz, seconds=1.0):
@@ -47,7 +48,7 @@ def test_how_loud_it_is_is_told():
 
 
 def test_what_is_past_a_whole_token_is_not_heard_and_silence_is_filled_in():
-    params = jax.jit(whisper.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    params = init(CONFIG, jax.random.key(0))
     samples = 0.1 * np.random.default_rng(1).standard_normal((1, 6500)).astype(np.float32)
     heard = whisper.listen(params, samples, CONFIG)
     assert heard.shape == (1, whisper.token_count(6500, CONFIG), CONFIG.width) == (1, 20, 96)
@@ -59,7 +60,7 @@ def test_what_is_past_a_whole_token_is_not_heard_and_silence_is_filled_in():
 
 
 def test_an_encoder_with_a_memory_hears_more_than_it_tells():
-    params = jax.jit(whisper.init, static_argnums=0)(CONFIG, jax.random.key(0))
+    params = init(CONFIG, jax.random.key(0))
     samples = 0.1 * np.random.default_rng(2).standard_normal((2, 6400)).astype(np.float32)
     told = whisper.listen(params, samples, replace(CONFIG, memory=12))
     np.testing.assert_array_equal(told, whisper.listen(params, samples, CONFIG)[:, 12:])

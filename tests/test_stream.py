@@ -96,7 +96,10 @@ def test_a_wave_equals_lock_step(solver, fusion, stride, count, group):
         (3.0, 5000, 2, ["sampling.solver=dpm++", "sampling.steps=3", "sampling.overlap=4", "sampling.fusion=none"]),
         (2.5, 160, 1, ["sampling.overlap=0"]),
         pytest.param(
-            *(1.7, 9999, 4, ["sampling.guided=(0.0, 0.9)", "sampling.steps=3", "sampling.frame_scale=1.5"]),
+            1.7,
+            9999,
+            4,
+            ["sampling.guided=(0.0, 0.9)", "sampling.steps=3", "sampling.frame_scale=1.5"],
             marks=pytest.mark.slow,
         ),
         (4.0, 3000, 1, ["speech.memory=70"]),

@@ -37,13 +37,7 @@ from tests.puppet_batches import MODEL, OTHER_SIZES, PUPPETS, SIZES
 from tools.reference import loss
 from tools.reference.synthetic_weights import Fixture
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_programs():
-    """Compiling is nearly all of what these tests do, so little is optimised."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 # the objective

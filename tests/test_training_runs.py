@@ -39,13 +39,7 @@ from kavatar_jax.training.prepare import prepare
 from kavatar_jax.types import silent
 from tests.puppet_batches import MODEL, OTHER_SIZES, SIZES, take
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_programs():
-    """Compiling is nearly all of what these tests do, so little is optimised."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,13 @@ first frame is the portrait, and whether a later frame, number `last`, is given 
 """
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kavatar_jax.media.arrays import load_arrays
 from kavatar_jax.training.config import Bucket, DataConfig
-
-# numpy reads a header with Python's parser, which threads of Python 3.11 may not share (cpython issue 106905)
-_PARSER = threading.Lock()
 
 
 class Prepared:
@@ -40,9 +37,8 @@ class Prepared:
         return len(self._files)
 
     def record(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        with _PARSER, np.load(self._files[index]) as file:
-            arrays = {name: file[name] for name in file.files}
-        return {"name": f"{self._folder.name}/{self._files[index].stem}", "views": self.views, **arrays}
+        name = f"{self._folder.name}/{self._files[index].stem}"
+        return {"name": name, "views": self.views, **load_arrays(self._files[index])}
 
 
 def check_learning(config: DataConfig, live: frozenset[str]) -> None:

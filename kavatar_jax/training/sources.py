@@ -20,6 +20,7 @@ from PIL import Image
 
 from kavatar_jax.config import Config
 from kavatar_jax.director.rules import direct
+from kavatar_jax.media.arrays import load_arrays
 from kavatar_jax.media.audio import load_speech
 from kavatar_jax.media.image import resize
 from kavatar_jax.media.video import read_frames
@@ -212,7 +213,7 @@ class ClipFolders:
         if (folder / "portrait.png").is_file():
             record["portrait"] = resize(np.asarray(Image.open(folder / "portrait.png").convert("RGB")), size)
         if (folder / "director.npy").is_file():
-            record["director"] = np.load(folder / "director.npy").astype(np.float32)
+            record["director"] = load_arrays(folder / "director.npy").astype(np.float32)
         return record
 
     def _masks(self, folder: Path, chosen: np.ndarray, count: int) -> np.ndarray:
