@@ -79,10 +79,11 @@ def compile_(
     fps: Annotated[int | None, typer.Option(help="Frames a second.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     lengths: Annotated[str, typer.Option(help="Seconds of speech, several with commas between.")] = "10",
+    batch: Annotated[bool, typer.Option("--batch", help="What kavatar batch will run, not kavatar generate.")] = False,
     cache: Annotated[Path | None, typer.Option(help="As of kavatar generate.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a field: sampling.text_scale=4.")] = None,
 ):
-    """Compile what `kavatar generate` will run with such settings on this machine, so that it starts at once."""
+    """Compile what `kavatar generate`, or `batch`, will run with such settings on this machine: it then starts at once."""
     from kavatar_jax.cascade import ahead, command
 
     order = command.Order(
@@ -90,7 +91,7 @@ def compile_(
         instruction=instruction, frames=frames, size=size, fps=fps, steps=steps, cache=cache, fields=tuple(set_ or ()),
     )  # fmt: skip
     with _speaking_plainly():
-        ahead.run(order, lengths)
+        ahead.run(order, lengths, batch=batch)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Programs compiled ahead: nothing is run, nothing is compiled twice, and a run afterwards compiles nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 from typer.testing import CliRunner
 
 from configs import demo, wan
@@ -86,7 +88,11 @@ def test_banks_are_filled_with_their_last_rows():
 
 
 @pytest.mark.parametrize(
-    "words", [["--lengths", "1,x"], ["--lengths", "0"], ["--mode", "video"], ["--mode", "film"], ["--size", "1"]]
+    "words",
+    [
+        *(["--lengths", "1,x"], ["--lengths", "0"], ["--mode", "video"], ["--mode", "film"], ["--size", "1"]),
+        ["--mode", "video", "--batch"],
+    ],
 )
 def test_bad_orders_are_one_line(words):
     result = CliRunner().invoke(app, ["compile", "--config", "demo:tiny", *words])
@@ -94,8 +100,8 @@ def test_bad_orders_are_one_line(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["single", "cascade", "video"])
-def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode):
+@pytest.mark.parametrize(("mode", "batch"), [("single", False), ("cascade", False), ("video", False), ("single", True)])
+def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode, batch):
     """No program, that is, that takes long enough to compile to be kept."""
     config = wan.tiny() if mode == "video" else demo.tiny()
     folder = make_weights(tmp_path / "weights", config)
@@ -112,8 +118,15 @@ def test_after_it_a_run_in_a_new_process_compiles_nothing(tmp_path, mode):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return result.stdout, int(re.search(r"misses (\d+)", result.stdout)[1])
 
-    told, compiled = kavatar("compile", "--lengths", "1", least=0.2)
+    told, compiled = kavatar("compile", "--lengths", "1", *["--batch"] * batch, least=0.2)
     assert compiled > 0 and f": {compiled} programs, " in told
-    speech = [] if mode == "video" else ["--speech", str(tmp_path / "speech.wav")]
-    _, missed = kavatar("generate", *speech, "--out", str(tmp_path / "video.mp4"), least=1.0)
-    assert missed == 0
+    if batch:
+        Image.new("RGB", (config.width, config.height)).save(tmp_path / "portrait.png")
+        job = {"name": "video", "portrait": "portrait.png", "speech": "speech.wav"}
+        (tmp_path / "manifest.jsonl").write_text(json.dumps(job))
+        run = ["batch", str(tmp_path / "manifest.jsonl"), "--out", str(tmp_path)]
+    else:
+        speech = [] if mode == "video" else ["--speech", str(tmp_path / "speech.wav")]
+        run = ["generate", *speech, "--out", str(tmp_path / "video.mp4")]
+    _, missed = kavatar(*run, least=1.0)
+    assert missed == 0 and (tmp_path / "video.mp4").is_file()

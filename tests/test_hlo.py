@@ -65,6 +65,40 @@ def test_a_compiler_that_says_how_often_is_believed():
     assert cost_of(text).products == 5 * PRODUCT
 
 
+CHAIN = """
+%start (p: bf16[4,8]) -> bf16[64,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+  ROOT %begun = bf16[64,8]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%step (p: bf16[4,8]) -> bf16[64,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+}
+
+%done (p: bf16[4,8]) -> bf16[64,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %all-gather.3 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+  ROOT %ended = bf16[64,8]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[64,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %a = bf16[64,8]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[64,8]{1,0} fusion(%x), kind=kOutput, calls=%step
+  %c = bf16[64,8]{1,0} fusion(%x), kind=kOutput, calls=%step
+  ROOT %d = bf16[64,8]{1,0} fusion(%x), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_what_is_sent_bit_by_bit_beside_products_is_sent_once():
+    cost = cost_of(CHAIN)
+    assert cost.counts == {"all-gather": 1}
+    assert cost.sent == {"all-gather": 15 * 4 * 8 * 2}
+
+
 CALLED = """
 ENTRY %main (q: bf16[2,6,3,8]) -> bf16[2,6,3,8] {
   %q = bf16[2,6,3,8]{3,2,1,0} parameter(0)

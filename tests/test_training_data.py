@@ -144,18 +144,23 @@ def test_clips_come_with_what_was_heard_before(tmp_path):
 
 
 def test_answers_of_a_speech_encoder_are_held_against_their_frames(monkeypatch):
-    """An encoder that knows everything has no error; one that answers a frame late errs."""
+    """An encoder that knows everything has no error; one that answers a frame late errs, as does one that says more."""
     mouth = np.random.default_rng(0).normal(size=(2, 9, 2)).astype(np.float32)
     padded = np.pad((mouth - hearing.TYPICAL) / hearing.SPREAD, ((0, 0), (2, 3), (0, 0)))
     all_known = np.concatenate([padded[:, i : i + 10] for i in range(5)], axis=2)  # (2, 10, 10)
 
-    def answer(late):
+    def answer(late, more=0):
         told = np.repeat(all_known[:, late : late + 9], 2, axis=1)
+        told = np.pad(told, ((0, 0), (0, 0), (0, more)), constant_values=3)
         monkeypatch.setattr(hearing.encoders, "listen", lambda params, samples, model: jnp.asarray(told))
         return hearing.losses({}, hearing.Voices(samples=None, mouth=mouth), None)
 
     assert max(np.abs(value).max() for value in answer(0).values()) < 1e-9
     assert min(answer(1)["loss"]) > 1 and min(answer(1)["opening"]) > 1
+    talkative = answer(0, more=5)
+    np.testing.assert_allclose(talkative["surplus"], 4.5)  # 5 axes of 9, over ten answers
+    np.testing.assert_allclose(talkative["loss"], 4.5)
+    assert np.abs(talkative["opening"]).max() < 1e-9
 
 
 def test_the_speech_encoder_learns_to_hear(tmp_path):
@@ -173,7 +178,8 @@ def test_the_speech_encoder_learns_to_hear(tmp_path):
     )
     assert loop.train(config, tmp_path, resume=False) == 30
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert np.mean([line["opening"] for line in lines[-5:]]) < 0.8 * np.mean([line["opening"] for line in lines[5:10]])
+    for what in ("opening", "surplus"):
+        assert np.mean([line[what] for line in lines[-5:]]) < 0.8 * np.mean([line[what] for line in lines[5:10]])
     assert (tmp_path / "weights" / "speech" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="'speech' learns from the source 'voices'"):
         replace(config, data=PUPPETS)

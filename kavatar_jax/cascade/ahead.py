@@ -1,4 +1,5 @@
-"""What `kavatar compile` does: the programs that `kavatar generate` would run are compiled, and kept where it finds them.
+"""What `kavatar compile` does: the programs that `kavatar generate` or `batch` would run are compiled, and kept where those
+find them.
 
 The pipeline itself is run, on silence (a plain video: on its own words and pictures) and without weights, its programs
 compiled and not called (parallel/programs.py). What a program is compiled for depends on the settings and on how long the
@@ -7,6 +8,7 @@ a cascade the number of sub-clips depends on the pauses as well, which silence d
 bucket, or more than four different texts, the sampling step is compiled when it is met.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from kavatar_jax.cascade.batch import apart
 from kavatar_jax.cascade.command import Order, choose_config, draw, find_weights, read_portrait, read_scene
-from kavatar_jax.cascade.weights import describe_weights
+from kavatar_jax.cascade.denoise import Denoise, denoise
+from kavatar_jax.cascade.together import Together
+from kavatar_jax.cascade.weights import Weights, describe_weights
 from kavatar_jax.config import Config
 from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.director.rules import direct
@@ -27,12 +32,14 @@ from kavatar_jax.types import SAMPLE_RATE, Request, Scene, Speech, Storyline, si
 LONGEST = 3600.0  # seconds of speech: more needs no other programs
 
 
-def run(order: Order, lengths: str) -> None:
+def run(order: Order, lengths: str, *, batch: bool = False) -> None:
     """Compile for speech of each of these lengths, seconds with commas between. ValueError for whatever is wrong with it.
 
-    A plain video (mode "video") is as long as its config says, whatever the lengths.
+    A plain video (mode "video") is as long as its config says, whatever the lengths. batch: what makes many videos together
     """
     seconds = _read_lengths(lengths)
+    if batch and order.mode == "video":
+        raise ValueError("--batch is for videos in which somebody speaks; --mode video is for kavatar generate")
     config = choose_config(order)
     keep_compiled_programs()
     console, store = Console(highlight=False), _Store(Path(jax.config.jax_compilation_cache_dir))
@@ -42,13 +49,28 @@ def run(order: Order, lengths: str) -> None:
         kept = f"{added / 2**20:.2f} MiB" if added else "kept already, or too quickly compiled to be kept"
         console.print(f"{name.strip('_')}: {duration:.1f} s, {kept}")
 
-    with jax.set_mesh(make_mesh(**dataclasses.asdict(config.mesh))), compiling(tell):
-        weights = describe_weights(find_weights(order, config), config)
-        for request, plan in _takes(order, config, seconds):
-            for _ in draw(order, request, plan, weights, config, silent).images:
-                pass
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=jax.local_devices() if batch else None)
+    with jax.set_mesh(mesh), compiling(tell):
+        described = describe_weights(find_weights(order, config), config)
+        hands = _together(described, config, mesh) if batch else contextlib.nullcontext((described, denoise))
+        with hands as (weights, denoise_):
+            for request, plan in _takes(order, config, seconds):
+                for _ in draw(order, request, plan, weights, config, silent, denoise_).images:
+                    pass
     count, size = store.content()
     console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _together(weights: Weights, config: Config, mesh: jax.sharding.Mesh) -> Iterator[tuple[Weights, Denoise]]:
+    """The weights as a batch has them, and what denoises there."""
+
+    def put(part, place):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), part)
+
+    alone, described = apart(weights, put)
+    with Together(weights.dit, config.dit, config.sampling, mesh) as together, jax.set_mesh(alone):
+        yield described, together.denoise
 
 
 def _takes(order: Order, config: Config, seconds: list[float]) -> Iterator[tuple[Request | Scene, Storyline | None]]:

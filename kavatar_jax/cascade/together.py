@@ -8,6 +8,7 @@ beside others.
 """
 
 import collections
+import contextvars
 import functools
 import threading
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.guidance import Branch
 from kavatar_jax.diffusion.solver import History, Move, advance, begin, plan_of
 from kavatar_jax.diffusion.windows import Windows, fuse
+from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots
 from kavatar_jax.types import Params, Report
 
@@ -65,7 +67,9 @@ class Together:
         self._moving = 0  # videos between two steps, whose next windows are about to come
         self._open = True
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._serve, name="denoising", daemon=True)
+        # in the context of its maker, who may only be compiling (parallel/programs.py)
+        serve = functools.partial(contextvars.copy_context().run, self._serve)
+        self._thread = threading.Thread(target=serve, name="denoising", daemon=True)
 
     def __enter__(self):
         self._thread.start()
@@ -202,7 +206,7 @@ class _Turn:
         return velocity
 
 
-@functools.partial(jax.jit, static_argnames=("config", "branches"))
+@program(static_argnames=("config", "branches"))
 def _velocities(params, group: Window, *, config: DiTConfig, branches: tuple[Branch, ...]):
     """(G, T, h, w, C): of windows of any videos, each at its own noise level."""
     each = jnp.arange(len(group.x))
@@ -213,7 +217,7 @@ def _velocities(params, group: Window, *, config: DiTConfig, branches: tuple[Bra
     return velocity
 
 
-@functools.partial(jax.jit, static_argnames="stride")
+@program(static_argnames="stride")
 def _settle(history: History, velocity, weights, move: Move, *, stride: int) -> History:
     return advance(history, fuse(velocity, weights, stride), move)
 

@@ -1,7 +1,8 @@
 """What a speech encoder can learn by itself in the known-answer world: the mouth that belongs to a voice.
 
 Every vector carries on its first axes the mouth's opening and width, from two frames before its own to two after, so the
-vector in the middle of a latent frame knows how the mouth moves all through it. As with `reading`, nothing is learnt that
+vector in the middle of a latent frame knows how the mouth moves all through it. Its other axes are to be zero: a transformer
+would listen to what they happen to carry, which is another thing for every voice. As with `reading`, nothing is learnt that
 the transformer would not see, and it need not learn to hear by way of pixels, which takes far longer.
 """
 
@@ -32,7 +33,9 @@ def voice_row(record: dict[str, Any], portrait: bool, last: int, *, model: Confi
 
 
 def losses(params: Params, voices: Voices, model: Config):
-    """Per clip, each (B,): the mean squared error of its answers, in spreads, and that of the frames' own openings."""
+    """Per clip, each (B,): `loss`, the mean squared error of its answers, in spreads, and `surplus`; `opening`, the error of
+    the frames' own openings; `surplus`, the squares of what is no answer, over the number of answers.
+    """
     features = encoders.listen(params, voices.samples, model)
     tokens, frames = features.shape[1], voices.mouth.shape[1]
     own = np.arange(tokens) * frames // tokens  # the frame in which a vector's time begins
@@ -42,7 +45,9 @@ def losses(params: Params, voices: Voices, model: Config):
     told = features[..., :ANSWERS].reshape(wanted.shape)
     inside = ((places >= 0) & (places < frames))[..., None]
     error = jnp.square(told - wanted) * inside
+    surplus = jnp.square(features[..., ANSWERS:]).sum(axis=2).mean(axis=1) / ANSWERS
     return {
-        "loss": error.sum(axis=(1, 2, 3)) / (inside.sum() * len(SPREAD)),
+        "loss": error.sum(axis=(1, 2, 3)) / (inside.sum() * len(SPREAD)) + surplus,
         "opening": error[:, :, REACH, 0].mean(axis=1),
+        "surplus": surplus,
     }

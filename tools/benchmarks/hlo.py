@@ -90,7 +90,8 @@ class _Module:
             if code == "while":
                 total.add(self.cost(operation.calls("body"), fused=False), self._trips(operation))
             elif code in COLLECTIVES:
-                self._count_collective(total, code, operation, rows, computation or "")
+                if "chain_id=" not in operation.rest or _starts_chain(rows):
+                    self._count_collective(total, code, operation, rows, computation or "")
             elif code in ("dot", "convolution"):
                 shapes = [_shape(rows[name].type) for name in operation.operands]
                 total.products += {"dot": _dot, "convolution": _convolution}[code](operation, *shapes)
@@ -176,6 +177,11 @@ class _Module:
                     slices = sum(_bytes(called[row.operands[1]].type) for row in users)
                     read[i], written = 0, min(written, slices)
         return written + sum(read)
+
+
+def _starts_chain(rows: dict[str, Operation]) -> bool:
+    """A TPU's compiler may send while it computes: the collective is written again in every fusion that it goes on in."""
+    return any("AsyncCollectiveStart" in row.rest for row in rows.values())
 
 
 def _root(rows: dict[str, Operation]) -> Operation:
