@@ -68,19 +68,19 @@ def test_a_compiler_that_says_how_often_is_believed():
 CHAIN = """
 %start (p: bf16[4,8]) -> bf16[64,8] {
   %p = bf16[4,8]{1,0} parameter(0)
-  %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
-  ROOT %begun = bf16[64,8]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %gather.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+  ROOT %begun = bf16[64,8]{1,0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %step (p: bf16[4,8]) -> bf16[64,8] {
   %p = bf16[4,8]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+  ROOT %gather.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
 }
 
 %done (p: bf16[4,8]) -> bf16[64,8] {
   %p = bf16[4,8]{1,0} parameter(0)
-  %all-gather.3 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
-  ROOT %ended = bf16[64,8]{1,0} custom-call(%all-gather.3), custom_call_target="AsyncCollectiveDone"
+  %gather.3 = bf16[64,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,16], frontend_attributes={chain_id="7"}
+  ROOT %ended = bf16[64,8]{1,0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
 }
 
 ENTRY %main (x: bf16[4,8]) -> bf16[64,8] {

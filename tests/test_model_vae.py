@@ -140,15 +140,15 @@ def test_a_stream_may_be_endless_and_come_in_any_pieces(params, whole):
 
 def test_memory_and_programs_do_not_grow_with_the_video(small):
     latents = np.random.default_rng(3).standard_normal((41, 4, 6, 4)).astype(np.float32)
-    vae._decode_chunk.clear_cache()
+    vae.decode_chunk.clear_cache()
     states, shapes = [], []
     for length in (3, 12, 41):
         for _ in vae.decode_stream(small, latents[:length], TWO_LEVELS, chunk=2):
             pass
-        assert vae._decode_chunk._cache_size() == 2
+        assert vae.decode_chunk._cache_size() == 2
     state = None
     for i in range(4):
-        _, state = vae._decode_chunk(small, latents[None, [i]], state, config=TWO_LEVELS, pixels="uint8")
+        _, state = vae.decode_chunk(small, latents[None, [i]], state, config=TWO_LEVELS, pixels="uint8")
         states, shapes = [*states, state], [*shapes, jax.tree.map(lambda x: (x.shape, x.dtype), state)]
     assert all(shape == shapes[0] for shape in shapes)
     assert all(leaf.is_deleted() for old in states[:-1] for leaf in jax.tree.leaves(old)), "the state is not donated"
@@ -236,11 +236,11 @@ def test_a_video_is_decoded_by_all_devices(small, sizes, columns):
     latents = np.random.default_rng(11).standard_normal((5, 4, columns, 4)).astype(np.float32)
     alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
     devices = mesh.make_mesh(*sizes)
-    vae._decode_chunk.clear_cache()
+    vae.decode_chunk.clear_cache()
     with jax.set_mesh(devices):
         placed = jax.device_put(small, partition(small, vae.AXES, devices))
         spread = np.concatenate(list(vae.decode_stream(placed, latents, TWO_LEVELS, pixels="float32")))
-        assert vae._decode_chunk._cache_size() == 2
+        assert vae.decode_chunk._cache_size() == 2
     np.testing.assert_allclose(spread, alone, atol=1e-5)
 
 
@@ -258,8 +258,8 @@ def decoding_cost(params, devices: int):
     grid = mesh.make_mesh(devices, devices=jax.devices()[:devices])
     with jax.set_mesh(grid):
         params, piece = jax.device_put((params, jnp.zeros((1, 1, 17, 16, 4))), replicated(grid))
-        state = vae._decode_chunk(params, piece, None, config=TWO_LEVELS, pixels="uint8")[1]
-        lowered = vae._decode_chunk.lower(params, piece, state, config=TWO_LEVELS, pixels="uint8")
+        state = vae.decode_chunk(params, piece, None, config=TWO_LEVELS, pixels="uint8")[1]
+        lowered = vae.decode_chunk.lower(params, piece, state, config=TWO_LEVELS, pixels="uint8")
         return cost_of(lowered.compile().as_text())
 
 

@@ -84,7 +84,7 @@ def decode_stream(
         real = 1 if state is None else count * config.stride
         # placed by hand: left to the compiler, it may lie in parts that no mesh has
         piece = jax.device_put(piece[None], whole)
-        frames, state = _decode_chunk(params, piece, state, config=config, pixels=pixels)
+        frames, state = decode_chunk(params, piece, state, config=config, pixels=pixels)
         frames.copy_to_host_async()
         if before is not None:
             yield np.asarray(before[0])[0, : before[1]]
@@ -92,6 +92,21 @@ def decode_stream(
         if not at_hand:
             yield np.asarray(frames)[0, :real]
             before = None
+
+
+@program(static_argnames=("config", "pixels"), donate_argnames="state")
+def decode_chunk(params: Params, latents_BTHWC, state, *, config: VAEConfig, pixels: str):
+    """(frames, state): the frames of the next latents of a video, in uint8 or float32, and what those after them look back
+    on. state: None for the first latent alone, which is one frame; each later one is `stride` frames.
+    """
+    latents = _denormalise(latents_BTHWC, config)
+    frames, state = Decoder(config).apply({"params": params["decoder"]}, latents, state)
+    frames = frames.astype(jnp.float32)
+    if pixels == "uint8":
+        frames = jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    # whole on every host, for whoever fetches them, but not before they are finished
+    frames = constrain(spread(frames), None, None, None, None, None)
+    return frames, jax.tree.map(_keep, state)  # laid out the same after every chunk, or the next compiles anew
 
 
 def init(config: VAEConfig, key) -> Params:
@@ -244,18 +259,6 @@ def _in_chunks(call, x_BFHWC, size: int | None):
     if rest.shape[1] % size:
         outputs.append(call(rest[:, count * size :], state)[0])
     return jnp.concatenate(outputs, axis=1)
-
-
-@program(static_argnames=("config", "pixels"), donate_argnames="state")
-def _decode_chunk(params, latents_BTHWC, state, *, config, pixels):
-    latents = _denormalise(latents_BTHWC, config)
-    frames, state = Decoder(config).apply({"params": params["decoder"]}, latents, state)
-    frames = frames.astype(jnp.float32)
-    if pixels == "uint8":
-        frames = jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-    # whole on every host, for whoever fetches them, but not before they are finished
-    frames = constrain(spread(frames), None, None, None, None, None)
-    return frames, jax.tree.map(_keep, state)  # laid out the same after every chunk, or the next compiles anew
 
 
 def _regroup(latents, size: int) -> Iterator[tuple[np.ndarray, int, bool]]:

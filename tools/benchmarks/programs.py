@@ -81,11 +81,11 @@ def decode(config: Config, count: int | None) -> Program:
     params = jax.tree.map(_place, abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
     _, h, w = latent_size(1, config.height, config.width, net)
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
-    _, state = jax.eval_shape(lambda *x: vae._decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
+    _, state = jax.eval_shape(lambda *x: vae.decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
     state = jax.tree.map(lambda leaf: _place(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
     work = flops.decode(net, (count or 1, h, w))
-    return Program(vae._decode_chunk.trace(params, later, state, config=net, pixels="uint8"), work, work)
+    return Program(vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8"), work, work)
 
 
 def train(config: TrainConfig, count: int | None) -> Program:
