@@ -50,3 +50,23 @@ def test_what_does_not_fit_says_so(tmp_path):
     report = {"mesh": {"fsdp": 16}, "fits": False, "needs": "Used 20.00G of 15.75G hbm"}
     (tmp_path / f"{cell.name}.json").write_text(json.dumps(report))
     assert aot_table.rows(tmp_path, [cell])[-1].endswith("does not fit: Used 20.00G of 15.75G hbm |")
+
+
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out. Used 20.00G of 15.75G hbm. Exceeded hbm by 4.25G.", "Used 20.00G of 15.75G hbm"),
+        (
+            "RESOURCE_EXHAUSTED: the memory required for HLO temporaries (46.71G) exceeds available HBM (31.24G).",
+            "HLO temporaries (46.71G) exceeds available HBM (31.24G)",
+        ),
+    ],
+)
+def test_a_compiler_that_refuses_says_how_much_memory_it_wanted(said, told):
+    assert aot._refusal(jax.errors.JaxRuntimeError(said)) == told
+
+
+def test_other_errors_of_a_compiler_are_told_as_they_are():
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of scoped vmem")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        aot._refusal(error)

@@ -53,9 +53,9 @@ def run(order: Order, lengths: str, *, batch: bool = False) -> None:
     with jax.set_mesh(mesh), compiling(tell):
         described = describe_weights(find_weights(order, config), config)
         hands = _together(described, config, mesh) if batch else contextlib.nullcontext((described, denoise))
-        with hands as (weights, denoise_):
+        with hands as (weights, denoiser):
             for request, plan in _takes(order, config, seconds):
-                for _ in draw(order, request, plan, weights, config, silent, denoise_).images:
+                for _ in draw(order, request, plan, weights, config, silent, denoiser).images:
                     pass
     count, size = store.content()
     console.print(f"{store.folder}: {count} programs, {size / 2**20:.1f} MiB", soft_wrap=True)
