@@ -72,6 +72,20 @@ def test_every_chip_has_room_for_its_blocks(topology, tokens):
     assert int(run.stdout) < 16 * tokens * 128
 
 
+MESH = """
+from kavatar_jax.parallel.mesh import make_mesh
+from tools.benchmarks.aot import absent_devices
+print(make_mesh(*{sizes}, devices=absent_devices("{topology}")).devices.shape)
+"""
+
+
+@pytest.mark.parametrize(("topology", "sizes"), [("v6e:4x4", (2, 2, 2, 2)), ("v5p:4x4x4", (2, 8, 2, 2))])
+def test_a_mesh_may_cut_an_axis_of_the_torus_in_two(topology, sizes):
+    command = [sys.executable, "-c", MESH.format(topology=topology, sizes=sizes)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.stdout.strip() == str(sizes), run.stderr[-3000:]
+
+
 PRODUCT = """
 import jax, jax.numpy as jnp
 from kavatar_jax.nn.quantised import quantised_matmul

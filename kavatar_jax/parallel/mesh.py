@@ -3,13 +3,17 @@
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, *, devices=None) -> Mesh:
-    """A mesh of all devices, laid out by JAX for the topology at hand; one size may be -1 and takes what is left."""
+    """A mesh of all devices, laid out by JAX for the topology at hand; one size may be -1 and takes what is left.
+
+    Sizes may cut an axis of the chips' own torus in two, where no others fit, which jax.make_mesh allows on few chips.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, context, tensor]
     if sizes.count(-1) == 1:
@@ -17,7 +21,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     if math.prod(sizes) != len(devices):
         axes = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(f"a mesh of {axes} needs {math.prod(sizes)} devices and there are {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    laid_out = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def platform() -> str:
