@@ -97,6 +97,7 @@ def test_banks_are_filled_with_their_last_rows():
 def test_bad_orders_are_one_line(words):
     result = CliRunner().invoke(app, ["compile", "--config", "demo:tiny", *words])
     assert result.exit_code == 2 and result.output.startswith("kavatar: ") and result.output.count("\n") == 1
+    assert "--batch" not in words or "--batch is for" in result.output
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.director.rules import direct
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.programs import compiling
+from kavatar_jax.parallel.sharding import described
 from kavatar_jax.types import SAMPLE_RATE, Request, Scene, Speech, Storyline, silent
 
 LONGEST = 3600.0  # seconds of speech: more needs no other programs
@@ -51,8 +52,8 @@ def run(order: Order, lengths: str, *, batch: bool = False) -> None:
 
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=jax.local_devices() if batch else None)
     with jax.set_mesh(mesh), compiling(tell):
-        described = describe_weights(find_weights(order, config), config)
-        hands = _together(described, config, mesh) if batch else contextlib.nullcontext((described, denoise))
+        weights = describe_weights(find_weights(order, config), config)
+        hands = _together(weights, config, mesh) if batch else contextlib.nullcontext((weights, denoise))
         with hands as (weights, denoiser):
             for request, plan in _takes(order, config, seconds):
                 for _ in draw(order, request, plan, weights, config, silent, denoiser).images:
@@ -64,13 +65,9 @@ def run(order: Order, lengths: str, *, batch: bool = False) -> None:
 @contextlib.contextmanager
 def _together(weights: Weights, config: Config, mesh: jax.sharding.Mesh) -> Iterator[tuple[Weights, Denoise]]:
     """The weights as a batch has them, and what denoises there."""
-
-    def put(part, place):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), part)
-
-    alone, described = apart(weights, put)
+    alone, weights = apart(weights, described)
     with Together(weights.dit, config.dit, config.sampling, mesh) as together, jax.set_mesh(alone):
-        yield described, together.denoise
+        yield weights, together.denoise
 
 
 def _takes(order: Order, config: Config, seconds: list[float]) -> Iterator[tuple[Request | Scene, Storyline | None]]:

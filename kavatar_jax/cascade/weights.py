@@ -14,7 +14,7 @@ from kavatar_jax.media.text import ByteTokenizer, load_tokenizer
 from kavatar_jax.models import names
 from kavatar_jax.models.components import COMPONENTS, abstract, model_of, read_stored
 from kavatar_jax.parallel.mesh import current
-from kavatar_jax.parallel.sharding import partition
+from kavatar_jax.parallel.sharding import described, partition
 from kavatar_jax.types import Params
 
 PARTS = ("config.json", "model.safetensors")
@@ -87,16 +87,12 @@ def load_weights(folder: Path, config: Config, *, changes: Changes = NO_CHANGES)
 
 def describe_weights(folder: Path | None, config: Config) -> Weights:
     """What load_weights would give on the current mesh, as shapes and places, with nothing in them."""
-    mesh, described = current(), {}
+    mesh, parts = current(), {}
     for name in parts_of(config.dit):
         wanted, axes = abstract(name, getattr(config, name)), model_of(name, getattr(config, name)).AXES
-        described[name] = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            wanted,
-            partition(wanted, axes, mesh),
-        )
+        parts[name] = described(wanted, partition(wanted, axes, mesh))
     tokenizer = ByteTokenizer() if folder is None else load_tokenizer(folder / "tokenizer")
-    return Weights(**described, tokenizer=tokenizer)
+    return Weights(**parts, tokenizer=tokenizer)
 
 
 def read_lora_files(words: Sequence[str], config: DiTConfig, *, unused: str = "refuse") -> Changes:

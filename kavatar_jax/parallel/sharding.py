@@ -6,7 +6,7 @@ Model files say what an axis means (`AXES`: parameter path -> logical axes); her
 import re
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from kavatar_jax.types import Params
@@ -63,6 +63,16 @@ def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
         return NamedSharding(mesh, _divisible(spec(*logical), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def described(tree, places):
+    """Arrays, or what stands for them, as shapes, dtypes and places with nothing in them.
+
+    places: a tree of shardings, or one for all of it
+    """
+    if isinstance(places, Sharding):
+        places = jax.tree.map(lambda _: places, tree)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
 def replicated(mesh) -> NamedSharding:

@@ -14,12 +14,13 @@ import numpy as np
 from kavatar_jax.checkpoint.bridge import flatten
 from kavatar_jax.checkpoint.store import Store
 from kavatar_jax.parallel.mesh import make_mesh
+from kavatar_jax.parallel.sharding import described
 from kavatar_jax.training.config import TrainConfig
 from kavatar_jax.training.data import Loaded, Loader
 from kavatar_jax.training.export import export
 from kavatar_jax.training.log import Log
 from kavatar_jax.training.sampling import open_samples
-from kavatar_jax.training.state import TrainState, abstract_state, adopt, begin, drawn_anew, join
+from kavatar_jax.training.state import TrainState, adopt, begin, drawn_anew, join
 from kavatar_jax.training.step import Metrics, cast_votes, draw_clip_level, make_step
 from kavatar_jax.training.tasks import Task, Work, open_task
 from kavatar_jax.types import Params
@@ -123,7 +124,7 @@ def _restore(store: Store, state: TrainState, shardings: TrainState, resume: boo
         return state, 0
     if not resume:
         raise ValueError(f"there are checkpoints up to step {store.latest} already; give --resume, or another --out")
-    state, record = store.restore(abstract_state(state, shardings))
+    state, record = store.restore(described(state, shardings))
     return state, record["position"]
 
 

@@ -7,7 +7,7 @@ float32 whatever the model stores, and the frozen part.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,11 +185,6 @@ def fold_lora(params: Params, lora: Params) -> Params:
         kernel = flat[f"{where}/kernel"]
         flat[f"{where}/kernel"] = (kernel + (down @ up) * scale[..., None, None]).astype(kernel.dtype)
     return unflatten(flat)
-
-
-def abstract_state(state: TrainState, shardings: TrainState) -> Any:
-    """Shapes, dtypes and places: what a checkpoint is restored as."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, shardings)
 
 
 def _materialise(config: TrainConfig, name: str, places: Params) -> Params:

@@ -20,7 +20,7 @@ from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
 from kavatar_jax.models.vae_layers import layout
 from kavatar_jax.parallel.mesh import AXES, current, platform
-from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, partition, replicated
+from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, described, partition, replicated
 from kavatar_jax.training import flops
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
 from kavatar_jax.training.objective import Batch
@@ -44,7 +44,7 @@ def denoise(config: Config, count: int | None) -> Program:
     """A sampling step of `count` windows with all their branches; None: one for each slot of the mesh."""
     mesh, sampling, net = current(), config.sampling, config.dit
     count = count or batch_slots(mesh)
-    params = jax.tree.map(_place, abstract("dit", net), partition(abstract("dit", net), dit.AXES, mesh))
+    params = described(abstract("dit", net), partition(abstract("dit", net), dit.AXES, mesh))
     batch, everywhere = batch_sharding(mesh), replicated(mesh)
     group = group_size(count, sampling)
     W, T = group * -(-count // group), sampling.window_latents
@@ -78,11 +78,11 @@ def denoise(config: Config, count: int | None) -> Program:
 def decode(config: Config, count: int | None) -> Program:
     """`count` latent frames in the middle of a video to pixels, 4 each; None: one."""
     mesh, net = current(), config.vae
-    params = jax.tree.map(_place, abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
+    params = described(abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
     _, h, w = latent_size(1, config.height, config.width, net)
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
     _, state = jax.eval_shape(lambda *x: vae.decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
-    state = jax.tree.map(lambda leaf: _place(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
+    state = jax.tree.map(lambda leaf: described(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
     work = flops.decode(net, (count or 1, h, w))
     return Program(vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8"), work, work)
@@ -97,12 +97,12 @@ def train(config: TrainConfig, count: int | None) -> Program:
     task = dit_task(config, mesh)
     rows = {f"params/dit/{row}": axes for row, axes in dit.AXES.items()}
     whole = {"params": {"dit": abstract("dit", net)}, "lora": {}}
-    placed = jax.tree.map(_place, whole, partition(whole, rows, mesh))
+    placed = described(whole, partition(whole, rows, mesh))
     trained, frozen = split(placed, config.trained)
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), trained)
     places = jax.tree.map(lambda leaf: leaf.sharding, trained)
     fresh, shardings = plan_state(trained, places, config.optimizer, config.steps, mesh)
-    state = jax.tree.map(_place, jax.eval_shape(fresh, trained), shardings)
+    state = described(jax.eval_shape(fresh, trained), shardings)
     blank = _given(replicated(mesh), 1, net.text_length, net.text_width)
     votes = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=jax.NamedSharding(mesh, jax.P(AXES)))
     traced = make_step(task.losses, task.draw, config, shardings, mesh).trace(
@@ -147,7 +147,3 @@ def _heard_and_seen(config: Config, frames: int) -> tuple[int, int]:
 
 def _given(sharding, *shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _place(leaf, sharding):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
