@@ -44,9 +44,11 @@ parity: .venv/.ready-parity .venv/.ready-aot
 	$(RUN)/python -m pip install --quiet --editable '.[parity]'
 	@touch $@
 
-# in a folder of its own: where JAX sees a libtpu, it looks for a TPU first
+# the libtpu that jax[tpu] asks for, as jaxlib cannot read all programs of a newer one; in a folder of its own, because where
+# JAX sees a libtpu, it looks for a TPU first
+LIBTPU = $(RUN)/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if "libtpu" in r))'
 .venv/.ready-aot: .venv/.ready
-	$(RUN)/python -m pip install --quiet --no-deps --target .venv/aot libtpu
+	$(RUN)/python -m pip install --quiet --no-deps --target .venv/aot "$$($(LIBTPU))"
 	@touch $@
 
 .PHONY: demo test lint parity

@@ -1,6 +1,6 @@
 """Programs compile for TPUs that are not there, with the kernel that TPUs are for, do the work expected and fit the memory.
 
-Needs libtpu (the extra `aot`). It is asked in a process of its own, because it must find its environment when it is loaded.
+Needs libtpu, which is asked in a process of its own, because it must find its environment when it is loaded.
 """
 
 import json
@@ -22,7 +22,7 @@ V5E_BYTES = 15.75 * 2**30
 
 @pytest.fixture(autouse=True)
 def compiler():
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu; pip install '.[aot]'")
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu; `make parity` installs it")
 
 
 @pytest.mark.parametrize("mesh", ["4 1 1 1", "2 1 2 1"])
@@ -65,32 +65,60 @@ print(program.memory_analysis().temp_size_in_bytes)
 @pytest.mark.parametrize("tokens", [32760, 75600])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_chip_has_room_for_its_blocks(topology, tokens):
-    command = [sys.executable, "-c", KERNEL.format(topology=topology, tokens=tokens)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = python(KERNEL.format(topology=topology, tokens=tokens))
     assert run.returncode == 0, run.stderr[-3000:]
     # no logits: what is kept beside the result is of the tokens' size
     assert int(run.stdout) < 16 * tokens * 128
 
 
+def test_neighbouring_slices_exchange_only_where_their_windows_overlap(tmp_path):
+    """Eight windows over two slices: one device of each has a neighbour in the other."""
+    fields = ("--topology", "v5e:2x2", "--slices", "2", "--mesh", "8", "1", "1", "1")
+    report = compile_step(*fields, out=tmp_path / "report.json")
+    assert report["devices"] == 8
+    assert report["program_to_expected"] == pytest.approx(1, abs=0.05)
+    assert set(report["sent"]) == {"collective-permute"}
+    assert 0 < report["sent_between_slices"] <= report["sent"]["collective-permute"]
+
+
 MESH = """
 from kavatar_jax.parallel.mesh import make_mesh
-from tools.benchmarks.aot import absent_devices
+from tools.benchmarks.absent import absent_devices
 print(make_mesh(*{sizes}, devices=absent_devices("{topology}")).devices.shape)
 """
 
 
 @pytest.mark.parametrize(("topology", "sizes"), [("v6e:4x4", (2, 2, 2, 2)), ("v5p:4x4x4", (2, 8, 2, 2))])
 def test_a_mesh_may_cut_an_axis_of_the_torus_in_two(topology, sizes):
-    command = [sys.executable, "-c", MESH.format(topology=topology, sizes=sizes)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = python(MESH.format(topology=topology, sizes=sizes))
     assert run.stdout.strip() == str(sizes), run.stderr[-3000:]
+
+
+SLICES = """
+import numpy as np
+from kavatar_jax.parallel.mesh import make_mesh
+from tools.benchmarks.absent import absent_devices
+devices = absent_devices("v5e:4x4", slices=2)
+mesh = make_mesh({data}, 8, 2, 1, devices=devices[::-1])
+print(np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(2, -1).tolist())
+"""
+
+
+def test_slices_divide_data_among_them():
+    run = python(SLICES.format(data=2))
+    assert run.stdout.strip() == str([[0] * 16, [1] * 16]), run.stderr[-3000:]
+
+
+def test_an_axis_that_slices_cannot_divide_is_refused():
+    run = python(SLICES.format(data=1).replace("8, 2, 1", "16, 2, 1"))
+    assert "ValueError: a mesh of data 1 cannot be divided among 2 slices" in run.stderr
 
 
 PRODUCT = """
 import jax, jax.numpy as jnp
 from kavatar_jax.nn.quantised import quantised_matmul
 from kavatar_jax.parallel.mesh import make_mesh
-from tools.benchmarks.aot import absent_devices
+from tools.benchmarks.absent import absent_devices
 devices = absent_devices("{topology}")
 with jax.set_mesh(make_mesh(1, devices=devices[:1])):
     x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4096, 1536), (1536, 1536)))
@@ -103,8 +131,7 @@ print(text)
 @pytest.mark.parametrize(("form", "total"), [("int8", "s32"), ("fp8", "f32")])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_quantised_products_are_of_8_bits(topology, form, total):
-    command = [sys.executable, "-c", PRODUCT.format(topology=topology, form=form)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = python(PRODUCT.format(topology=topology, form=form))
     assert run.returncode == 0, run.stderr[-3000:]
     operations = {name: kind for name, kind in re.findall(r"%([\w.\-]+) = (\w+)\[", run.stdout)}
     [product] = re.findall(r"%([\w.\-]+) = .* convolution\(%([\w.\-]+), %([\w.\-]+)\)", run.stdout)
@@ -122,6 +149,10 @@ def compile_step(*arguments: str, out: Path) -> dict:
     run = start(*arguments, "--json", str(out))
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+def python(text: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess:

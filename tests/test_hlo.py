@@ -99,6 +99,24 @@ def test_what_is_sent_bit_by_bit_beside_products_is_sent_once():
     assert cost.sent == {"all-gather": 15 * 4 * 8 * 2}
 
 
+ACROSS = """
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[4,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true, frontend_attributes={HANDLER}
+  %r = (f32[4,8]{1,0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, frontend_attributes={HANDLER}
+  %d = (f32[4,8]{1,0}, token[]) recv-done(%r), channel_id=2
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%d), index=0
+}
+"""
+
+
+def test_what_is_given_to_the_host_for_other_slices_is_told_apart():
+    cost = cost_of(ACROSS.replace("HANDLER", '_xla_host_transfer_handler_name="xla_megascale_runtime"'))
+    assert cost.between_slices == 4 * 8 * 4 and not cost.sent
+    assert cost_of(ACROSS.replace("HANDLER", '_xla_host_transfer_handler_name="tf_rendezvous"')).between_slices == 0
+
+
 CALLED = """
 ENTRY %main (q: bf16[2,6,3,8]) -> bf16[2,6,3,8] {
   %q = bf16[2,6,3,8]{3,2,1,0} parameter(0)

@@ -2,7 +2,7 @@
 
 Compiles one program after the other for slices and GPUs that are not there, the most telling first; each leaves a JSON
 under DIR, and what has left one is not done again. --only: cells whose name has every WORD. --table: only print what there
-is. Needs the extra `aot`, and for GPUs what docs/performance.md says.
+is. Needs libtpu, and for GPUs JAX's CUDA plug-in, as docs/performance.md says.
 """
 
 import argparse

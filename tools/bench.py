@@ -6,7 +6,7 @@ cpu: our networks beside other implementations of them on two cores of this mach
 they take. Other work on the machine shows in the range of the ratios; --cores 1 takes the time of one core computing
 instead, which is steadier. Needs the extra `parity`, but for `step`.
 aot: what a step of sampling, decoding or training needs of TPUs or H100s that are not there, and their least time for it.
-Needs the extra `aot`, or for H100s what docs/performance.md says.
+Needs libtpu, or for H100s JAX's CUDA plug-in, as docs/performance.md says.
 convert: the converter's time and peak memory beside a copy of the same bytes, on synthesised weights of a transformer
 with as many layers as fit into that many gigabytes of the disk; they are deleted afterwards.
 Exit 0 whatever the ratios are.

@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.experimental.mesh_utils import create_device_mesh
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -13,6 +14,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     """A mesh of all devices, laid out by JAX for the topology at hand; one size may be -1 and takes what is left.
 
     Sizes may cut an axis of the chips' own torus in two, where no others fit, which jax.make_mesh allows on few chips.
+    Several slices of TPUs, joined by a slower network, divide `data` among them. ValueError for what cannot be laid out.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, context, tensor]
@@ -21,8 +23,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, 
     if math.prod(sizes) != len(devices):
         axes = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
         raise ValueError(f"a mesh of {axes} needs {math.prod(sizes)} devices and there are {len(devices)}")
-    laid_out = create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_lay_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay_out(sizes: list[int], devices) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    data, *others = sizes
+    if data % slices:
+        raise ValueError(
+            f"a mesh of data {data} cannot be divided among {slices} slices; make it a multiple of {slices}"
+        )
+    within, among = (data // slices, *others), (slices, 1, 1, 1)
+    return create_hybrid_device_mesh(within, among, devices, allow_split_physical_axes=True)
 
 
 def platform() -> str:

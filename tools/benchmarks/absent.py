@@ -34,26 +34,33 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+INSTALL_TPU = (
+    "pip install --no-deps --target DIR libtpu, of the version that jax[tpu] asks for, and put DIR on PYTHONPATH"
+)
 INSTALL_CUDA = (
     "pip install --no-deps --target DIR jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION nvidia-cudnn-cu12, "
     "VERSION being jax's, and put DIR on PYTHONPATH"
 )
 
 
-def absent_devices(topology: str) -> list:
-    """The devices of a slice such as "v5e:4x4", or of one to eight GPUs, "h100:8". ValueError for what does not exist."""
+def absent_devices(topology: str, slices: int = 1) -> list:
+    """The devices of a slice such as "v5e:4x4", of several of them that a slower network joins, or of one to eight GPUs,
+    "h100:8". ValueError for what does not exist.
+    """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS:
         raise ValueError(f"there are no figures for the chips of {topology!r}; choose one of {', '.join(CHIPS)}")
-    return _gpus(topology, shape or "1") if kind == "h100" else _tpus(topology)
+    if slices < 1 or (slices > 1 and kind == "h100"):
+        raise ValueError(f"cannot compile for {slices} slices of {topology!r}; slices are of TPUs, one or more")
+    return _gpus(topology, shape or "1") if kind == "h100" else _tpus(topology, slices)
 
 
-def _tpus(topology: str) -> list:
+def _tpus(topology: str, slices: int) -> list:
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"cannot compile for {topology!r}: {error}; pip install libtpu, and try v5e:2x2") from None
+        raise ValueError(f"cannot compile for {topology!r}: {error}; {INSTALL_TPU}, and try v5e:2x2") from None
 
 
 def _gpus(topology: str, count: str) -> list:

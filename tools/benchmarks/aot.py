@@ -1,7 +1,7 @@
 """Real programs compiled for chips that are not there: what they need of each device, and the least time that takes.
 
-TPUs need libtpu, which compiles for any slice on a host without one (the extra `aot`), H100s the CUDA plug-in of JAX and
-cuDNN's library. What does not fit a TPU does not compile, and the report says by how much; for a GPU it compiles.
+TPUs need libtpu, which compiles for any slice on a host without one, H100s the CUDA plug-in of JAX and cuDNN's library. What
+does not fit a TPU does not compile, and the report says by how much; for a GPU it compiles.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", default="v5e:2x2", help="as in v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x4, h100, h100:8"
     )
+    parser.add_argument("--slices", type=int, default=1, help="so many such slices of TPUs, joined by a slower network")
     parser.add_argument(
         "--mesh", type=int, nargs=4, default=[-1, 1, 1, 1], metavar=("DATA", "FSDP", "CONTEXT", "TENSOR")
     )
@@ -38,21 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments) -> dict:
-    config = resize(set_fields(load_config(arguments.config), arguments.fields), arguments.size)
-    return compile_for(config, arguments.topology, task=arguments.task, mesh=arguments.mesh, count=arguments.count)
-
-
-def compile_for(config: Config | TrainConfig, topology: str, *, task: str, mesh: list[int], count: int | None) -> dict:
-    """mesh: sizes of data, fsdp, context, tensor. Everything is of one device. ValueError for what is no slice."""
+    """Everything is of one device. ValueError for a config that is not for the task, or a slice that does not exist."""
+    config, task = resize(set_fields(load_config(arguments.config), arguments.fields), arguments.size), arguments.task
     if isinstance(config, TrainConfig) != (task == "train"):
         raise ValueError(f"{config.name} is not a config for the task {task!r}; train_stableavatar is for training")
-    devices = absent_devices(topology)
+    topology, slices = arguments.topology, arguments.slices
+    devices = absent_devices(topology, slices)
     platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
-    report = {"config": config.name, "task": task, "topology": topology, "devices": len(devices)}
-    with jax.set_mesh(make_mesh(*mesh, devices=devices)):
+    report = {"config": config.name, "task": task, "topology": topology, "slices": slices, "devices": len(devices)}
+    with jax.set_mesh(make_mesh(*arguments.mesh, devices=devices)):
         report["mesh"] = dict(current().shape)
         started = time.perf_counter()
-        program = _trace(task, config, count)
+        program = _trace(task, config, arguments.count)
         try:
             compiled = program.traced.lower(lowering_platforms=(platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -115,6 +113,7 @@ def _examine(compiled, program: programs.Program, kind: str, head: int, devices:
         "kernels": cost.kernel_calls,
         "collectives": dict(cost.counts),
         "sent": dict(cost.sent),
+        "sent_between_slices": cost.between_slices,
         "kernel_flops": cost.kernels,
         "program_flops": cost.flops,
         "model_flops": program.flops / devices,

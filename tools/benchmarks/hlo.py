@@ -45,7 +45,8 @@ class Operation(NamedTuple):
 class Cost:
     """Of one device. products, kernels: FLOPs; contracting: those of kernels that contract over the head size
 
-    sent: bytes that each kind of collective sends, counts: how often it runs; traffic: bytes to and from memory
+    sent: bytes that each kind of collective sends, counts: how often it runs; between_slices: bytes given to the host for
+    other slices; traffic: bytes to and from memory
     """
 
     products: float = 0.0
@@ -54,6 +55,7 @@ class Cost:
     traffic: float = 0.0
     sent: collections.Counter = field(default_factory=collections.Counter)
     counts: collections.Counter = field(default_factory=collections.Counter)
+    between_slices: float = 0.0
     kernel_calls: int = 0
 
     @property
@@ -61,7 +63,7 @@ class Cost:
         return self.products + self.kernels
 
     def add(self, other: "Cost", times: int) -> None:
-        for name in ("products", "kernels", "contracting", "traffic", "kernel_calls"):
+        for name in ("products", "kernels", "contracting", "traffic", "between_slices", "kernel_calls"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for mine, theirs in ((self.sent, other.sent), (self.counts, other.counts)):
             for kind, value in theirs.items():
@@ -92,6 +94,8 @@ class _Module:
             elif code in COLLECTIVES:
                 if "chain_id=" not in operation.rest or _starts_chain(rows):
                     self._count_collective(total, code, operation, rows, computation or "")
+            elif code == "send" and "xla_megascale_runtime" in operation.rest:
+                total.between_slices += _bytes(rows[operation.operands[0]].type)
             elif code in ("dot", "convolution"):
                 shapes = [_shape(rows[name].type) for name in operation.operands]
                 total.products += {"dot": _dot, "convolution": _convolution}[code](operation, *shapes)
