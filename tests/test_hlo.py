@@ -99,6 +99,25 @@ def test_what_is_sent_bit_by_bit_beside_products_is_sent_once():
     assert cost.sent == {"all-gather": 15 * 4 * 8 * 2}
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "{{0,2,4,6},{1,3,5,7}}",
+        "[2,4]<=[4,2]T(1,0)",
+        "mesh['data'=2,'fsdp'=4] {'fsdp'}",
+        "mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+    ],
+)
+def test_who_takes_part_is_read_however_it_is_written(groups):
+    text = CHAIN.replace('frontend_attributes={chain_id="7"}', "dimensions={0}").replace("[1,16]", groups)
+    assert cost_of(text).sent["all-gather"] == 4 * 3 * 4 * 8 * 2  # four of them, as nothing says that they are one
+
+
+def test_groups_that_cannot_be_read_are_not_taken_for_none():
+    with pytest.raises(AssertionError, match="who takes part"):
+        cost_of(CHAIN.replace("[1,16]", "V3"))
+
+
 ACROSS = """
 ENTRY %main (x: f32[4,8]) -> f32[4,8] {
   %x = f32[4,8]{1,0} parameter(0)

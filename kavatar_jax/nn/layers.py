@@ -13,6 +13,7 @@ import numpy as np
 
 from kavatar_jax.nn.quantised import quantised_matmul
 from kavatar_jax.parallel import mesh
+from kavatar_jax.parallel.sharding import gathered
 
 
 class Linear(nn.Module):
@@ -76,7 +77,7 @@ def matmul(x, kernel, dtype) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, dtype):
-    return _dot(x.astype(dtype), kernel.astype(dtype), x.ndim - 1, 0)
+    return _dot(x.astype(dtype), gathered(kernel.astype(dtype)), x.ndim - 1, 0)
 
 
 def _product_forward(x, kernel, dtype):
@@ -87,7 +88,7 @@ def _product_backward(dtype, kept, dy):
     """The gradients that JAX derives multiply dy in float32, at a fraction of the speed of a lower precision."""
     x, kernel = kept
     narrow, dy = x.astype(dtype), dy.astype(dtype)
-    dx = _dot(dy, kernel.astype(dtype), dy.ndim - 1, 1)
+    dx = _dot(dy, gathered(kernel.astype(dtype)), dy.ndim - 1, 1)
     if dtype.itemsize == 4 or mesh.platform() != "cpu":
         rows = tuple(range(x.ndim - 1))
         dkernel = jax.lax.dot_general(narrow, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kavatar_jax.parallel.sharding import gathered
+
 
 class Form(NamedTuple):
     """dtype: of the operands; largest: number of it that the largest magnitude becomes; sum: dtype of sums of products."""
@@ -29,7 +31,7 @@ def quantised_matmul(x, kernel, form: str):
     x, x_scale = quantise(x, form, axis=-1)
     kernel, kernel_scale = quantise(kernel, form, axis=0)
     contracted = (((x.ndim - 1,), (0,)), ((), ()))
-    total = jax.lax.dot_general(x, kernel, contracted, preferred_element_type=FORMS[form].sum)
+    total = jax.lax.dot_general(x, gathered(kernel), contracted, preferred_element_type=FORMS[form].sum)
     return total.astype(jnp.float32) * x_scale * kernel_scale[0]
 
 

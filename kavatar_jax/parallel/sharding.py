@@ -48,6 +48,18 @@ def constrain(x, *logical: str | None, padded: bool = False):
     return jax.lax.with_sharding_constraint(x, wanted if padded else _divisible(wanted, x.shape, mesh))
 
 
+def gathered(kernel):
+    """A kernel whose rows or columns lie apart, whole where it is used; one whose heads do too is left to the compiler.
+
+    Left to a TPU's compiler, gather and product become a loop that multiplies a part of the kernel in each round, and each
+    round reads and writes the float32 sums of all tokens: several times the traffic with memory.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[RULES["embed"]] == 1 or mesh.shape[RULES["heads"]] > 1:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, P())
+
+
 def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
     """A NamedSharding for every leaf of `params` from a model's AXES (regular expression -> logical axes).
 

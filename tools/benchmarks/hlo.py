@@ -271,11 +271,15 @@ def _group(rest: str) -> int:
     """Devices that take part in a collective together."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):  # sizes of axes, and those it goes along
+    if found := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest
+    ):  # sizes of axes, and its own
         sizes = dict(axis.split("=") for axis in found[1].split(","))
         return math.prod(int(sizes[axis]) for axis in found[2].replace(" ", "").split(","))
-    found = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    return int(found[1]) if found else 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    assert "replica_groups=" not in rest, f"cannot read who takes part in {rest}"
+    return 1
 
 
 def _shapes(text: str) -> list[list[int]]:
