@@ -271,9 +271,7 @@ def _group(rest: str) -> int:
     """Devices that take part in a collective together."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(found[1].split(","))
-    if found := re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest
-    ):  # sizes of axes, and its own
+    if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest):  # all axes, its own
         sizes = dict(axis.split("=") for axis in found[1].split(","))
         return math.prod(int(sizes[axis]) for axis in found[2].replace(" ", "").split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
