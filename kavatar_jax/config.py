@@ -51,6 +51,8 @@ class DiTConfig:
     reference: latent frames of the condition that show the first one's picture, the "first" alone or "every" one where
     nothing is given
     quantised: "int8" or "fp8" for products of 8-bit numbers in the linears of the blocks, for inference; "" for none
+    remat: what the backward pass finds of a block: "none" to keep everything, "attention" for what its tokens' attention
+    to each other gives, which is most of the work, or a policy of jax.checkpoint_policies
     """
 
     width: int

@@ -75,6 +75,15 @@ def test_every_chip_has_room_for_its_blocks(topology, tokens):
     assert int(run.stdout) < 16 * tokens * 128
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_chip_has_room_for_gradients(topology):
+    """Of more queries than wait at a time: those of keys and values are float32, twice."""
+    backwards = KERNEL.replace("jax.jit(attend)", "jax.jit(lambda *qkv: jax.vjp(attend, *qkv)[1](qkv[0]))")
+    run = python(backwards.replace("dense_attention", "attention_gradients").format(topology=topology, tokens=75600))
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout) < 32 * 75600 * 128
+
+
 def test_neighbouring_slices_exchange_only_where_their_windows_overlap(tmp_path):
     """Eight windows over two slices: one device of each has a neighbour in the other."""
     fields = ("--topology", "v5e:2x2", "--slices", "2", "--mesh", "8", "1", "1", "1")

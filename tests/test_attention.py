@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kavatar_jax.nn.attention import attend, attend_head_by_head, dense, splash
-from kavatar_jax.nn.dense import Blocks, attend_densely, block_of
+from kavatar_jax.nn.attention import attend, attend_head_by_head, dense, keep_attention
+from kavatar_jax.nn.dense import Blocks, attend_densely, block_of, pull_densely
 from kavatar_jax.parallel.mesh import make_mesh
+from tools.benchmarks.hlo import cost_of
 
 
 def draw(B, S, L, N, K, dtype=jnp.float32):
@@ -39,13 +40,6 @@ def test_head_by_head_equals_the_plain_form(queries):
     assert_same(both_ways(form, *arrays), both_ways(functools.partial(plain, scale=0.5), *arrays))
 
 
-@pytest.mark.parametrize(("queries", "keys", "head"), [(200, 137, 64), (130, 256, 128)])
-def test_splash_equals_the_plain_form_past_its_padding(queries, keys, head):
-    arrays = draw(1, queries, keys, 2, head)
-    form = functools.partial(splash, scale=head**-0.5, interpret=True)
-    assert_same(both_ways(form, *arrays), both_ways(functools.partial(plain, scale=head**-0.5), *arrays))
-
-
 @pytest.mark.parametrize(
     ("queries", "keys", "head", "blocks"),
     [(200, 137, 64, (128, 128, 128)), (300, 700, 128, (128, 256, 128)), (130, 256, 128, (1024, 2048, 512))],
@@ -60,10 +54,46 @@ def test_the_dense_kernel_equals_the_plain_form_to_its_last_key(queries, keys, h
     np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=-1), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "head", "blocks", "held"),
+    [
+        (200, 137, 64, (128, 128, 128), 1 << 20),
+        (
+            300,
+            700,
+            128,
+            (128, 256, 128),
+            1 << 20,
+        ),  # three blocks of queries, the last of three blocks of keys half empty
+        (700, 300, 64, (128, 128, 128), 2 * 128 * 64 * 4),  # gradients of two blocks of queries at a time
+        (130, 256, 128, (1024, 2048, 512), 1 << 20),
+    ],
+)
+def test_gradients_of_the_dense_kernel_are_those_of_the_plain_form(queries, keys, head, blocks, held):
+    """Also for queries and keys that only fill up their blocks, and where one key outweighs all."""
+    q, k, v = draw(2, queries, keys, 2, head)
+    k, scale = k.at[:, keys // 2].mul(4), head**-0.5
+    out, pull = jax.vjp(functools.partial(plain, scale=scale), q, k, v)
+    lse = jax.nn.logsumexp(jnp.einsum("bqnk,blnk->bqnl", q, k) * scale, axis=-1)
+    d = jnp.cos(out)
+    found = pull_densely(q, k, v, out, lse, d, Blocks(*blocks), scale=scale, held=held, interpret=True)
+    for mine, other in zip(found, pull(d), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max())
+
+
 def test_gradients_through_the_dense_kernel_are_those_of_the_plain_form():
     arrays = draw(1, 130, 137, 2, 64)
     form = functools.partial(dense, scale=0.1, interpret=True)
     assert_same(both_ways(form, *arrays), both_ways(functools.partial(plain, scale=0.1), *arrays))
+
+
+def test_gradients_in_bfloat16_are_as_near_as_its_digits():
+    arrays = draw(1, 260, 390, 2, 64)
+    exact = both_ways(functools.partial(plain, scale=0.125), *arrays)
+    narrow = both_ways(functools.partial(dense, scale=0.125, interpret=True), *(x.astype(jnp.bfloat16) for x in arrays))
+    for mine, other in zip(narrow, exact, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        assert float(jnp.abs(mine - other).max() / jnp.abs(other).max()) < 2**-6
 
 
 @pytest.mark.parametrize(
@@ -83,3 +113,24 @@ def test_eight_devices_give_the_numbers_of_one(batch, sizes):
     alone = both_ways(attend, *arrays)
     with jax.set_mesh(make_mesh(*sizes)):
         assert_same(both_ways(attend, *arrays), alone)
+
+
+@pytest.mark.parametrize(("keys", "again"), [(400, 0), (200, 1)])
+def test_what_attention_among_tokens_gives_can_be_kept_for_the_backward_pass(keys, again):
+    """The plain policy attends once more before gradients are taken; kept, only to what is shorter than the clip."""
+    q, k, v = draw(1, 400, keys, 2, 32)
+
+    def work(remat):
+        def block(carry, _):
+            return carry + jnp.sin(attend(carry, k, v)), None
+
+        blocks = jax.checkpoint(block, policy=remat, prevent_cse=False)
+        run = jax.jit(jax.value_and_grad(lambda q: jax.lax.scan(blocks, q, length=3)[0].sum()))
+        return cost_of(run.lower(q).compile().as_text()).flops, run(q)
+
+    alone, (value, gradient) = work(jax.checkpoint_policies.nothing_saveable)
+    kept, (same_value, same_gradient) = work(keep_attention)
+    np.testing.assert_allclose(same_value, value, rtol=1e-6)
+    np.testing.assert_allclose(same_gradient, gradient, atol=1e-5)
+    once = 3 * 4 * 2 * 400 * keys * 32
+    assert alone - kept == (1 - again) * once

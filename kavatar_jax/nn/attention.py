@@ -9,14 +9,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from kavatar_jax.nn.context import Form, attend_on_mesh
-from kavatar_jax.nn.dense import attend_densely, block_of, blocks_for
+from kavatar_jax.nn.dense import attend_densely, blocks_for, pull_densely
 from kavatar_jax.parallel import mesh
 
-SPLASH_BLOCK = 1024  # most tokens of a block of JAX's kernel: what every chip has room for forwards and backwards
 LONG = 128  # fewer queries or keys are not worth a kernel
+KEPT = "attention"  # the name of what `keep_attention` keeps
 LAYOUT = ("batch", "tokens", "heads")  # logical axes of queries
 QUERY_CHUNK = 256  # queries of all heads at a time: bounds the memory for logits
 HEAD_CHUNK = 512  # queries of one head at a time on CPU: measured; larger chunks spill the cache, smaller ones idle,
@@ -37,6 +37,17 @@ def attend(
         return attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, keys_BL=keys_BL, bias_NSL=bias_NSL, scale=scale)
     form = Form(*(form and functools.partial(form, scale=scale) for form in kernel))
     return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK, layout=layout)
+
+
+def keep_attention(primitive, *operands, **settings) -> bool:
+    """A policy of jax.checkpoint: of a block, what its tokens' attention to each other gives is kept for the backward pass.
+
+    It is most of a long clip's work and little to keep; attention to a few keys is done again, like all else.
+    """
+    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, in which nothing has a name
+        queries, keys = operands[:2]
+        return keys.shape[1] >= queries.shape[1]
+    return jax.checkpoint_policies.save_only_these_names(KEPT)(primitive, *operands, **settings)
 
 
 def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, scale: float, chunk: int = QUERY_CHUNK):
@@ -62,7 +73,8 @@ def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, sca
 
 def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
     """The form for CPUs: products of plain matrices, small enough for the cache and large enough to be fast."""
-    return part_head_by_head(q_BSNK, k_BLNK, v_BLNK, scale=scale, chunk=chunk)[0]
+    out, _ = part_head_by_head(q_BSNK, k_BLNK, v_BLNK, scale=scale, chunk=chunk)
+    return checkpoint_name(out, KEPT) if k_BLNK.shape[1] >= q_BSNK.shape[1] else out
 
 
 def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
@@ -91,14 +103,17 @@ def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None
 
 
 def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
-    """The TPU kernel, on one device; gradients are splash's. interpret: as there."""
+    """The TPU kernel and its gradients, on one device. interpret: run it step by step on a host without one."""
+    part = functools.partial(part_densely, scale=scale, interpret=interpret)
 
-    def part(*qkv):
-        return part_densely(*qkv, scale=scale, interpret=interpret)[0]
+    def forwards(*qkv):
+        out, lse = part(*qkv)
+        if k_BLNK.shape[1] >= q_BSNK.shape[1]:
+            out, lse = checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
+        return out, (*qkv, out, lse)
 
-    form = jax.custom_vjp(part)
-    splashed = functools.partial(splash, scale=scale, interpret=interpret)
-    form.defvjp(lambda *qkv: jax.vjp(splashed, *qkv), lambda pull, d: pull(d))
+    form = jax.custom_vjp(lambda *qkv: part(*qkv)[0])
+    form.defvjp(forwards, lambda kept, d: pull_densely(*kept, d, scale=scale, interpret=interpret))
     return form(q_BSNK, k_BLNK, v_BLNK)
 
 
@@ -106,29 +121,6 @@ def part_densely(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = Fals
     """The same, and the logarithm of each query's sum of exponentials."""
     blocks = blocks_for(mesh.device_kind(), q_BSNK.shape[3] * q_BSNK.dtype.itemsize)
     return attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks, scale=scale, interpret=interpret)
-
-
-def splash(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
-    """JAX's TPU kernel, which has gradients, on one device. interpret: run it step by step on a host without one."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    S, L, N = q_BSNK.shape[1], k_BLNK.shape[1], q_BSNK.shape[2]
-    block_q, block_kv = block_of(S, SPLASH_BLOCK), block_of(L, SPLASH_BLOCK)
-    q, k, v = (_pad(x, 1, b).swapaxes(1, 2) for x, b in ((q_BSNK, block_q), (k_BLNK, block_kv), (v_BLNK, block_kv)))
-    sizes = kernels.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
-        block_q_dkv=block_q, block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv,
-        block_q_dq=block_q, block_kv_dq=block_kv,
-    )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * N)
-    kernel = kernels.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
-    segments = None
-    if k.shape[2] > L:  # padded keys carry another segment than every query, so nothing attends to them
-        real = (np.arange(k.shape[2]) < L).astype(np.int32)
-        segments = kernels.SegmentIds(q=jnp.ones(q.shape[2], jnp.int32), kv=jnp.asarray(real))
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q * scale, k, v, segments)
-    return out.swapaxes(1, 2)[:, :S].astype(q_BSNK.dtype)
 
 
 def fused(q_BSNK, k_BLNK, v_BLNK, *, scale: float):

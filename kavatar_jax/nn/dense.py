@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+LOG2E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
@@ -36,6 +37,11 @@ BLOCKS = {
     "TPU7x": Blocks(2048, 2048, 512),
 }
 WIDE = Blocks(512, 512, 512)  # for heads of more than 256 bytes, and chips not known
+# Backwards, queries and gradients of theirs are read again for every block of keys: 2.5 FLOPs a byte for every key of it.
+# Weights and what is pulled back through them take 16 bytes for every query and key of a chunk, 8 MiB.
+BACKWARDS = Blocks(1024, 1024, 512)
+HELD = 32 * 2**20  # bytes for the gradients of queries that wait: 64k tokens
+VMEM = 60 * 2**20  # bytes of a kernel, of the 64 that the smallest of these chips has for a core
 
 
 def blocks_for(device_kind: str, head_bytes: int) -> Blocks:
@@ -50,7 +56,7 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
     B, S, N, K = q_BSNK.shape
     L, chunk = k_BLNK.shape[1], block_of(k_BLNK.shape[1], blocks.chunk)
     queries, keys = block_of(S, blocks.queries), chunk * max(1, min(blocks.keys, -(-L // chunk) * chunk) // chunk)
-    q = (q_BSNK * (scale * math.log2(math.e))).astype(q_BSNK.dtype)
+    q = (q_BSNK * (scale * LOG2E)).astype(q_BSNK.dtype)
     q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k_BLNK, v_BLNK))
     k, v = (jnp.pad(x, ((0, 0), (0, -L % keys), (0, 0))) for x in (k, v))
     by_query = pl.BlockSpec((None, queries, K), lambda n, i, j: (n, i, 0))
@@ -72,6 +78,66 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
         interpret=interpret,
     )(q, k, v)
     return out.reshape(B, N, S, K).swapaxes(1, 2), lse.reshape(B, N, S).swapaxes(1, 2)
+
+
+def pull_densely(
+    q_BSNK, k_BLNK, v_BLNK, out_BSNK, lse_BSN, d_BSNK,
+    blocks: Blocks = BACKWARDS, *, scale: float, held: int = HELD, interpret: bool = False,
+):  # fmt: skip
+    """Gradients of queries, keys and values from those of `out`: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+
+    Five products in one pass over the logits: gradients of keys and values are added up block of keys by block of keys,
+    while those of as many queries as `held` bytes of float32 have room for wait beside them. With more queries, keys'
+    and values' are added up again after the kernel.
+    """
+    (B, S, N, K), L, dtype = q_BSNK.shape, k_BLNK.shape[1], q_BSNK.dtype
+    chunk, queries = block_of(L, blocks.chunk), block_of(S, blocks.queries)
+    keys = chunk * max(1, min(blocks.keys, -(-L // chunk) * chunk) // chunk)
+    spans = -(-S // (held // (4 * K * queries) * queries))
+    span = -(-S // (queries * spans))  # blocks of queries
+    total = spans * span * queries
+
+    def heads_first(x_BSN, pad, fill=0.0):
+        x = x_BSN.swapaxes(1, 2).reshape(B * N, x_BSN.shape[1], *x_BSN.shape[3:])
+        return jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+
+    q = heads_first((q_BSNK * (scale * LOG2E)).astype(dtype), total - S)
+    k, v = (heads_first(x, -L % keys) for x in (k_BLNK, v_BLNK))
+    d = heads_first(d_BSNK.astype(dtype), total - S)
+    lse = heads_first(lse_BSN * LOG2E, total - S, jnp.inf)[:, None]  # queries that do not exist have no weights
+    along = (d_BSNK.astype(jnp.float32) * out_BSNK.astype(jnp.float32)).sum(axis=-1)
+    along = heads_first(along, total - S)[:, None]
+
+    last = k.shape[1] // keys - 1
+    by_query = pl.BlockSpec((None, queries, K), lambda n, s, j, i: (n, s * span + i, 0))
+    of_query = pl.BlockSpec((None, 1, queries), lambda n, s, j, i: (n, 0, s * span + i))
+    by_key = pl.BlockSpec((None, keys, K), lambda n, s, j, i: (n, j, 0))
+    once = pl.BlockSpec((None, queries, K), lambda n, s, j, i: (n, s * span + jnp.where(j == last, i, 0), 0))
+    by_span = pl.BlockSpec((None, None, keys, K), lambda n, s, j, i: (s, n, j, 0))
+    sums = jax.ShapeDtypeStruct((spans, *k.shape), dtype if spans == 1 else jnp.float32)
+    dq, dk, dv = pl.pallas_call(
+        functools.partial(_pull, keys=L, chunk=chunk, scale=scale),
+        grid=(B * N, spans, last + 1, span),
+        in_specs=[by_query, by_key, by_key, of_query, by_query, of_query],
+        out_specs=[once, by_span, by_span],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), sums, sums],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((span, K, queries), (keys, K), (keys, K))],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=10 * B * N * S * L * K,
+            transcendentals=B * N * S * L,
+            bytes_accessed=2 * dtype.itemsize * B * N * K * (2 * L + S * (1 + L // keys)),
+        ),
+        name="attention_gradients",
+        interpret=interpret,
+    )(q, k, v, lse, d, along)
+
+    def heads_last(x, tokens):
+        return x[:, :tokens].reshape(B, N, tokens, K).swapaxes(1, 2).astype(dtype)
+
+    return heads_last(dq, S), heads_last(dk.sum(axis=0), L), heads_last(dv.sum(axis=0), L)
 
 
 def block_of(tokens: int, most: int) -> int:
@@ -103,18 +169,67 @@ def _attend(q_ref, k_ref, v_ref, out_ref, lse_ref, most_ref, total_ref, sum_ref,
         total_ref[...] = kept * total_ref[...] + weights.sum(axis=0, keepdims=True)
         sum_ref[...] = kept * sum_ref[...] + _dot(v_ref[here, :], weights.astype(v_ref.dtype), (0, 0))
 
-    def add_all(real: int):
-        for start in range(0, real, chunk):
-            add(start, min(chunk, real - start))
-
-    rest = keys - (-(-keys // block) - 1) * block
-    pl.when(j < last)(lambda: add_all(block))
-    pl.when(j == last)(lambda: add_all(rest))
+    _over_keys(add, j, last, block, keys, chunk)
 
     @pl.when(j == last)
     def _():
         out_ref[...] = (sum_ref[...] / total_ref[...]).T.astype(out_ref.dtype)
-        lse_ref[...] = (most_ref[...] + jnp.log2(total_ref[...])) * math.log(2)
+        lse_ref[...] = (most_ref[...] + jnp.log2(total_ref[...])) / LOG2E
+
+
+def _pull(
+    q_ref, k_ref, v_ref, lse_ref, d_ref, along_ref, dq_ref, dk_ref, dv_ref, dq_sum, dk_sum, dv_sum,
+    *, keys: int, chunk: int, scale: float,
+):  # fmt: skip
+    """One block of keys and one of queries; logits stand upright here too.
+
+    along: (1, queries) what of `d` goes along `out`, which weights that add up to one cannot follow
+    dq_sum: (blocks of queries, K, queries); dk_sum, dv_sum: (keys, K)
+    """
+    j, i = pl.program_id(2), pl.program_id(3)
+    last, block = pl.num_programs(2) - 1, k_ref.shape[0]
+
+    @pl.when(j == 0)
+    def _():
+        dq_sum[i] = jnp.zeros_like(dq_sum[i])
+
+    @pl.when(i == 0)
+    def _():
+        dk_sum[...], dv_sum[...] = jnp.zeros_like(dk_sum), jnp.zeros_like(dv_sum)
+
+    def add(start: int, real: int):
+        here = pl.ds(start, chunk)
+        logits = _dot(k_ref[here, :], q_ref[...], (1, 1))
+        if real < chunk:
+            logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0) < real, logits, -jnp.inf)
+        weights = jnp.exp2(logits - lse_ref[...])
+        pulled = weights * (_dot(v_ref[here, :], d_ref[...], (1, 1)) - along_ref[...])
+        weights, pulled = weights.astype(d_ref.dtype), pulled.astype(q_ref.dtype)
+        dv_sum[here, :] += _dot(weights, d_ref[...], (1, 0))
+        dk_sum[here, :] += _dot(pulled, q_ref[...], (1, 0))
+        dq_sum[i] += _dot(k_ref[here, :], pulled, (0, 0))
+
+    _over_keys(add, j, last, block, keys, chunk)
+
+    @pl.when(i == pl.num_programs(3) - 1)
+    def _():
+        dk_ref[...] = (dk_sum[...] / LOG2E).astype(dk_ref.dtype)  # queries carry the scale, and the base of the powers
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+    @pl.when(j == last)
+    def _():
+        dq_ref[...] = (dq_sum[i].T * scale).astype(dq_ref.dtype)
+
+
+def _over_keys(add, j, last, block: int, keys: int, chunk: int):
+    """Every chunk of this block of keys, and in the last block those that exist, of all `keys`."""
+
+    def add_all(real: int):
+        for start in range(0, real, chunk):
+            add(start, min(chunk, real - start))
+
+    pl.when(j < last)(lambda: add_all(block))
+    pl.when(j == last)(lambda: add_all(keys - (-(-keys // block) - 1) * block))
 
 
 def _dot(a, b, axes: tuple[int, int]):

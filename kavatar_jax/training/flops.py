@@ -46,9 +46,13 @@ def forward(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: int 
 
 def attention(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: int = 0) -> float:
     """Of `forward`, the products of queries, keys and values in the attentions that a TPU's kernel does."""
-    S = video_tokens(config, grid)
     context = config.text_length + (image_tokens if config.image_width is not None else 0)
-    return 4.0 * config.layers * S * (S + context) * config.width
+    return self_attention(config, grid) + 4.0 * config.layers * video_tokens(config, grid) * context * config.width
+
+
+def self_attention(config: DiTConfig, grid: tuple[int, int, int]) -> float:
+    """Of these, the products of the tokens with each other."""
+    return 4.0 * config.layers * video_tokens(config, grid) ** 2 * config.width
 
 
 def decode(config: VAEConfig, grid: tuple[int, int, int]) -> float:

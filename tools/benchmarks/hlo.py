@@ -15,7 +15,7 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # products of queries by keys by head size: those that contract over the head, and the others
-KERNELS = {"dense_attention": (1, 1), "splash_mha_fwd": (1, 1), "splash_mha_dq": (2, 1), "splash_mha_dkv": (2, 2)}
+KERNELS = {"dense_attention": (1, 1), "attention_gradients": (2, 3)}
 CUDNN = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}  # such products of its attention
 WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}  # bytes of types whose name does not say
 PLAIN = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1, "pad": 0}  # of a convolution whose window does not say
@@ -254,7 +254,7 @@ def _count_call(total: Cost, operation: Operation, operands: list[str]) -> None:
 
 def _count_kernel(total: Cost, operation: Operation) -> None:
     total.kernel_calls += 1
-    name = next((kernel for kernel in KERNELS if operation.name.startswith(kernel)), None)
+    name = next((kernel for kernel in KERNELS if kernel in operation.name), None)
     if name is None:
         return
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}\}", operation.rest)

@@ -19,7 +19,7 @@ from kavatar_jax.models import dit, vae
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
 from kavatar_jax.models.vae_layers import layout
-from kavatar_jax.parallel.mesh import AXES, current, platform
+from kavatar_jax.parallel.mesh import AXES, current
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, described, partition, replicated
 from kavatar_jax.training import flops
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
@@ -29,9 +29,9 @@ from kavatar_jax.training.step import make_step
 from kavatar_jax.training.tasks import dit_task
 from kavatar_jax.types import SAMPLE_RATE
 
-# attention's products of a training step with every block done again: forward twice, and backwards five products on a GPU,
-# in the splash kernel seven, dq three and dkv four
-KERNEL_AGAIN = {"gpu": (4 + 4 + 10) / 4, "tpu": (4 + 4 + 14) / 4}
+BACKWARDS = (
+    5 / 2
+)  # products of attention backwards to those forwards: two of its weights and three of gradients, to two
 
 
 class Program(NamedTuple):
@@ -114,8 +114,9 @@ def train(config: TrainConfig, count: int | None) -> Program:
     others = flops.forward(net, grid, image_tokens=seen, speech_tokens=spoken) - kernel
     share = sum(leaf.size for leaf in jax.tree.leaves(trained)) / sum(leaf.size for leaf in jax.tree.leaves(whole))
     again = 0 if net.remat == "none" else 1
+    kept = flops.self_attention(net, grid) if net.remat == "attention" else 0
     model_flops = bucket.batch * flops.train(others + kernel, share)
-    work = flops.train(others, share) + again * others + KERNEL_AGAIN[platform()] * kernel
+    work = flops.train(others, share) + again * (others + kernel - kept) + (1 + BACKWARDS) * kernel
     return Program(traced, model_flops, bucket.batch * work)
 
 
