@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kavatar_jax.nn.attention import attend, attend_head_by_head, dense, keep_attention
-from kavatar_jax.nn.dense import Blocks, attend_densely, block_of, pull_densely
+from kavatar_jax.nn.dense import Backwards, Blocks, attend_densely, block_of, pull_densely
 from kavatar_jax.parallel.mesh import make_mesh
 from tools.benchmarks.hlo import cost_of
 
@@ -76,7 +76,7 @@ def test_gradients_of_the_dense_kernel_are_those_of_the_plain_form(queries, keys
     out, pull = jax.vjp(functools.partial(plain, scale=scale), q, k, v)
     lse = jax.nn.logsumexp(jnp.einsum("bqnk,blnk->bqnl", q, k) * scale, axis=-1)
     d = jnp.cos(out)
-    found = pull_densely(q, k, v, out, lse, d, Blocks(*blocks), scale=scale, held=held, interpret=True)
+    found = pull_densely(q, k, v, out, lse, d, Backwards(Blocks(*blocks), held, None), scale=scale, interpret=True)
     for mine, other in zip(found, pull(d), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max())
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kavatar_jax.nn.context import Form, attend_on_mesh
-from kavatar_jax.nn.dense import attend_densely, blocks_for, pull_densely
+from kavatar_jax.nn.dense import attend_densely, backwards_for, blocks_for, pull_densely
 from kavatar_jax.parallel import mesh
 
 LONG = 128  # fewer queries or keys are not worth a kernel
@@ -105,6 +105,8 @@ def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None
 def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
     """The TPU kernel and its gradients, on one device. interpret: run it step by step on a host without one."""
     part = functools.partial(part_densely, scale=scale, interpret=interpret)
+    pull = functools.partial(pull_densely, scale=scale, interpret=interpret)
+    backwards = backwards_for(mesh.device_kind(), q_BSNK.shape[3] * q_BSNK.dtype.itemsize)
 
     def forwards(*qkv):
         out, lse = part(*qkv)
@@ -113,7 +115,7 @@ def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
         return out, (*qkv, out, lse)
 
     form = jax.custom_vjp(lambda *qkv: part(*qkv)[0])
-    form.defvjp(forwards, lambda kept, d: pull_densely(*kept, d, scale=scale, interpret=interpret))
+    form.defvjp(forwards, lambda kept, d: pull(*kept, d, backwards))
     return form(q_BSNK, k_BLNK, v_BLNK)
 
 

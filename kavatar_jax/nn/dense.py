@@ -26,6 +26,14 @@ class Blocks(NamedTuple):
     chunk: int
 
 
+class Backwards(NamedTuple):
+    """Blocks of the backward pass. held: bytes for gradients of queries that wait; room: for its kernel, None for the usual"""
+
+    blocks: Blocks
+    held: int
+    room: int | None
+
+
 # Keys and values are read again for every block of queries: 1 FLOP a byte for every query of it. A chip needs FLOP/s over
 # B/s of its memory (v5e 240, v5p 166, v6e 560, tpu7x 313) just to keep up, so blocks have about four times that. A step of
 # the grid costs about a third of a microsecond: with 2048 keys it has two (tpu7x) to five (v5e) to do. Logits and their
@@ -37,15 +45,19 @@ BLOCKS = {
     "TPU7x": Blocks(2048, 2048, 512),
 }
 WIDE = Blocks(512, 512, 512)  # for heads of more than 256 bytes, and chips not known
-# Backwards, queries and gradients of theirs are read again for every block of keys: 2.5 FLOPs a byte for every key of it.
-# Weights and what is pulled back through them take 16 bytes for every query and key of a chunk, 8 MiB.
-BACKWARDS = Blocks(1024, 1024, 512)
-HELD = 32 * 2**20  # bytes for the gradients of queries that wait: 64k tokens
-VMEM = 60 * 2**20  # bytes of a kernel, of the 64 that the smallest of these chips has for a core
+# Backwards, queries and gradients of what they found are read again for every block of keys: 2.5 FLOPs a byte for every key
+# of it. Weights and what is pulled back through them take 16 bytes for every query and key of a chunk, 8 MiB; gradients of
+# 65,536 queries of 128 take 32. The smallest of these chips has 64 MiB for a core, chips not known may have 16.
+ROOMY = Backwards(Blocks(1024, 1024, 512), 32 * 2**20, 60 * 2**20)
+NARROW = Backwards(WIDE, 2 * 2**20, None)
 
 
 def blocks_for(device_kind: str, head_bytes: int) -> Blocks:
     return BLOCKS.get(device_kind, WIDE) if head_bytes <= 256 else WIDE
+
+
+def backwards_for(device_kind: str, head_bytes: int) -> Backwards:
+    return ROOMY if device_kind in BLOCKS and head_bytes <= 256 else NARROW
 
 
 def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, interpret: bool = False):
@@ -54,8 +66,7 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
     interpret: run it step by step on a host without a TPU
     """
     B, S, N, K = q_BSNK.shape
-    L, chunk = k_BLNK.shape[1], block_of(k_BLNK.shape[1], blocks.chunk)
-    queries, keys = block_of(S, blocks.queries), chunk * max(1, min(blocks.keys, -(-L // chunk) * chunk) // chunk)
+    L, queries, keys, chunk = k_BLNK.shape[1], *_fit(blocks, S, k_BLNK.shape[1])
     q = (q_BSNK * (scale * LOG2E)).astype(q_BSNK.dtype)
     q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k_BLNK, v_BLNK))
     k, v = (jnp.pad(x, ((0, 0), (0, -L % keys), (0, 0))) for x in (k, v))
@@ -81,19 +92,17 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
 
 
 def pull_densely(
-    q_BSNK, k_BLNK, v_BLNK, out_BSNK, lse_BSN, d_BSNK,
-    blocks: Blocks = BACKWARDS, *, scale: float, held: int = HELD, interpret: bool = False,
-):  # fmt: skip
+    q_BSNK, k_BLNK, v_BLNK, out_BSNK, lse_BSN, d_BSNK, form: Backwards, *, scale: float, interpret: bool = False
+):
     """Gradients of queries, keys and values from those of `out`: FlashAttention-2, arXiv 2307.08691, algorithm 2.
 
-    Five products in one pass over the logits: gradients of keys and values are added up block of keys by block of keys,
-    while those of as many queries as `held` bytes of float32 have room for wait beside them. With more queries, keys'
-    and values' are added up again after the kernel.
+    Five products in one pass over the logits: gradients of keys and values are added up one block of keys after the other,
+    while those of queries, as many as there is room for in float32, wait beside them. With more queries, those of keys and
+    values are added up again after the kernel.
     """
     (B, S, N, K), L, dtype = q_BSNK.shape, k_BLNK.shape[1], q_BSNK.dtype
-    chunk, queries = block_of(L, blocks.chunk), block_of(S, blocks.queries)
-    keys = chunk * max(1, min(blocks.keys, -(-L // chunk) * chunk) // chunk)
-    spans = -(-S // (held // (4 * K * queries) * queries))
+    queries, keys, chunk = _fit(form.blocks, S, L)
+    spans = -(-S // (max(1, form.held // (4 * K * queries)) * queries))
     span = -(-S // (queries * spans))  # blocks of queries
     total = spans * span * queries
 
@@ -123,7 +132,7 @@ def pull_densely(
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), sums, sums],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((span, K, queries), (keys, K), (keys, K))],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=form.room
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * B * N * S * L * K,
@@ -138,6 +147,12 @@ def pull_densely(
         return x[:, :tokens].reshape(B, N, tokens, K).swapaxes(1, 2).astype(dtype)
 
     return heads_last(dq, S), heads_last(dk.sum(axis=0), L), heads_last(dv.sum(axis=0), L)
+
+
+def _fit(blocks: Blocks, S: int, L: int) -> Blocks:
+    """The blocks for so many queries and keys."""
+    chunk = block_of(L, blocks.chunk)
+    return Blocks(block_of(S, blocks.queries), chunk * max(1, min(blocks.keys // chunk, -(-L // chunk))), chunk)
 
 
 def block_of(tokens: int, most: int) -> int:
