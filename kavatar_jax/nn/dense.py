@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 
 
 class Backwards(NamedTuple):
-    """Blocks of the backward pass. held: bytes for gradients of queries that wait; room: for its kernel, None for the usual"""
+    """Blocks of the backward pass. held: bytes for gradients of queries that wait; room: for its kernel, or None"""
 
     blocks: Blocks
     held: int
