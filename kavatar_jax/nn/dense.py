@@ -65,8 +65,8 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
 
     interpret: run it step by step on a host without a TPU
     """
-    B, S, N, K = q_BSNK.shape
-    L, queries, keys, chunk = k_BLNK.shape[1], *_fit(blocks, S, k_BLNK.shape[1])
+    (B, S, N, K), L = q_BSNK.shape, k_BLNK.shape[1]
+    queries, keys, chunk = _fit(blocks, S, L)
     q = (q_BSNK * (scale * LOG2E)).astype(q_BSNK.dtype)
     q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k_BLNK, v_BLNK))
     k, v = (jnp.pad(x, ((0, 0), (0, -L % keys), (0, 0))) for x in (k, v))
@@ -94,11 +94,13 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
 def pull_densely(
     q_BSNK, k_BLNK, v_BLNK, out_BSNK, lse_BSN, d_BSNK, form: Backwards, *, scale: float, interpret: bool = False
 ):
-    """Gradients of queries, keys and values from those of `out`: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+    """Gradients of queries, keys and values, each of its shape and dtype, from `d`, those of `out`.
 
-    Five products in one pass over the logits: gradients of keys and values are added up one block of keys after the other,
-    while those of queries, as many as there is room for in float32, wait beside them. With more queries, those of keys and
-    values are added up again after the kernel.
+    Five products in one pass over the logits (FlashAttention-2, arXiv 2307.08691, algorithm 2): gradients of keys and values
+    are added up one block of keys after the other, while those of queries, as many as there is room for in float32, wait
+    beside them. With more queries, those of keys and values are added up again after the kernel.
+
+    out, lse: what attend_densely gave
     """
     (B, S, N, K), L, dtype = q_BSNK.shape, k_BLNK.shape[1], q_BSNK.dtype
     queries, keys, chunk = _fit(form.blocks, S, L)
