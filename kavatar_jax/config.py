@@ -52,7 +52,7 @@ class DiTConfig:
     nothing is given
     quantised: "int8" or "fp8" for products of 8-bit numbers in the linears of the blocks, for inference; "" for none
     remat: what the backward pass finds of a block: "none" to keep everything, "attention" for what its tokens' attention
-    to each other gives, which is most of the work, or a policy of jax.checkpoint_policies
+    to each other gives, most of the work of a long one, or a policy of jax.checkpoint_policies
     """
 
     width: int

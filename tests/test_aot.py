@@ -112,18 +112,18 @@ import numpy as np
 from kavatar_jax.parallel.mesh import make_mesh
 from tools.benchmarks.absent import absent_devices
 devices = absent_devices("v5e:4x4", slices=2)
-mesh = make_mesh({data}, 8, 2, 1, devices=devices[::-1])
+mesh = make_mesh(*{sizes}, devices=devices[::-1])
 print(np.vectorize(lambda device: device.slice_index)(mesh.devices).reshape(2, -1).tolist())
 """
 
 
 def test_slices_divide_data_among_them():
-    run = python(SLICES.format(data=2))
+    run = python(SLICES.format(sizes=(2, 8, 2, 1)))
     assert run.stdout.strip() == str([[0] * 16, [1] * 16]), run.stderr[-3000:]
 
 
 def test_an_axis_that_slices_cannot_divide_is_refused():
-    run = python(SLICES.format(data=1).replace("8, 2, 1", "16, 2, 1"))
+    run = python(SLICES.format(sizes=(1, 16, 2, 1)))
     assert "ValueError: a mesh of data 1 cannot be divided among 2 slices" in run.stderr
 
 

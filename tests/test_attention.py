@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from kavatar_jax.nn.attention import attend, attend_head_by_head, dense, keep_attention
 from kavatar_jax.nn.dense import Backwards, Blocks, attend_densely, block_of, pull_densely
@@ -79,6 +80,16 @@ def test_gradients_of_the_dense_kernel_are_those_of_the_plain_form(queries, keys
     found = pull_densely(q, k, v, out, lse, d, Backwards(Blocks(*blocks), held, None), scale=scale, interpret=True)
     for mine, other in zip(found, pull(d), strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-5 * np.abs(other).max())
+
+
+def test_gradients_do_not_come_of_memory_that_nobody_wrote():
+    """In the interpreter that follows a TPU's memories, with NaN in all that is fresh: gradients of two spans of queries."""
+    q, k, v = draw(1, 300, 200, 1, 64)
+    out, pull = jax.vjp(functools.partial(plain, scale=0.125), q, k, v)
+    lse = jax.nn.logsumexp(jnp.einsum("bqnk,blnk->bqnl", q, k) * 0.125, axis=-1)
+    form = Backwards(Blocks(128, 128, 128), 2 * 128 * 64 * 4, None)
+    memories = pltpu.InterpretParams(uninitialized_memory="nan")
+    assert_same(pull_densely(q, k, v, out, lse, out, form, scale=0.125, interpret=memories), pull(out))
 
 
 def test_gradients_through_the_dense_kernel_are_those_of_the_plain_form():

@@ -45,8 +45,7 @@ def keep_attention(primitive, *operands, **settings) -> bool:
     It is most of a long clip's work and little to keep; attention to a few keys is done again, like all else.
     """
     if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, in which nothing has a name
-        queries, keys = operands[:2]
-        return keys.shape[1] >= queries.shape[1]
+        return _among_tokens(*operands[:2])
     return jax.checkpoint_policies.save_only_these_names(KEPT)(primitive, *operands, **settings)
 
 
@@ -74,7 +73,7 @@ def attend_in_chunks(q_BSNK, k_BLNK, v_BLNK, *, keys_BL=None, bias_NSL=None, sca
 def attend_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
     """The form for CPUs: products of plain matrices, small enough for the cache and large enough to be fast."""
     out, _ = part_head_by_head(q_BSNK, k_BLNK, v_BLNK, scale=scale, chunk=chunk)
-    return checkpoint_name(out, KEPT) if k_BLNK.shape[1] >= q_BSNK.shape[1] else out
+    return checkpoint_name(out, KEPT) if _among_tokens(q_BSNK, k_BLNK) else out
 
 
 def part_head_by_head(q_BSNK, k_BLNK, v_BLNK, *, scale: float, chunk: int | None = None):
@@ -110,7 +109,7 @@ def dense(q_BSNK, k_BLNK, v_BLNK, *, scale: float, interpret: bool = False):
 
     def forwards(*qkv):
         out, lse = part(*qkv)
-        if k_BLNK.shape[1] >= q_BSNK.shape[1]:
+        if _among_tokens(q_BSNK, k_BLNK):
             out, lse = checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
         return out, (*qkv, out, lse)
 
@@ -149,6 +148,11 @@ def _kernel(q_BSNK, k_BLNK):
     if mesh.platform() == "cpu" and S > QUERY_CHUNK:
         return attend_head_by_head, part_head_by_head
     return None
+
+
+def _among_tokens(q_BSNK, k_BLNK) -> bool:
+    """Whether it is most of a block's work: no fewer keys than queries, as in attention of tokens to each other."""
+    return k_BLNK.shape[1] >= q_BSNK.shape[1]
 
 
 def _product(a, b):

@@ -68,8 +68,7 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
     (B, S, N, K), L = q_BSNK.shape, k_BLNK.shape[1]
     queries, keys, chunk = _fit(blocks, S, L)
     q = (q_BSNK * (scale * LOG2E)).astype(q_BSNK.dtype)
-    q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q, k_BLNK, v_BLNK))
-    k, v = (jnp.pad(x, ((0, 0), (0, -L % keys), (0, 0))) for x in (k, v))
+    q, k, v = _heads_first(q, 0), *(_heads_first(x, -L % keys) for x in (k_BLNK, v_BLNK))
     by_query = pl.BlockSpec((None, queries, K), lambda n, i, j: (n, i, 0))
     by_key = pl.BlockSpec((None, keys, K), lambda n, i, j: (n, j, 0))
     out, lse = pl.pallas_call(
@@ -88,7 +87,7 @@ def attend_densely(q_BSNK, k_BLNK, v_BLNK, blocks: Blocks, *, scale: float, inte
         name="dense_attention",
         interpret=interpret,
     )(q, k, v)
-    return out.reshape(B, N, S, K).swapaxes(1, 2), lse.reshape(B, N, S).swapaxes(1, 2)
+    return _heads_last(out, B, S), _heads_last(lse[:, 0], B, S)
 
 
 def pull_densely(
@@ -107,18 +106,12 @@ def pull_densely(
     spans = -(-S // (max(1, form.held // (4 * K * queries)) * queries))
     span = -(-S // (queries * spans))  # blocks of queries
     total = spans * span * queries
-
-    def heads_first(x_BSN, pad, fill=0.0):
-        x = x_BSN.swapaxes(1, 2).reshape(B * N, x_BSN.shape[1], *x_BSN.shape[3:])
-        return jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
-
-    q = heads_first((q_BSNK * (scale * LOG2E)).astype(dtype), total - S)
-    k, v = (heads_first(x, -L % keys) for x in (k_BLNK, v_BLNK))
-    d = heads_first(d_BSNK.astype(dtype), total - S)
-    lse = heads_first(lse_BSN * LOG2E, total - S, jnp.inf)[:, None]  # queries that do not exist have no weights
+    q = _heads_first((q_BSNK * (scale * LOG2E)).astype(dtype), total - S)
+    k, v = (_heads_first(x, -L % keys) for x in (k_BLNK, v_BLNK))
+    d = _heads_first(d_BSNK.astype(dtype), total - S)
+    lse = _heads_first(lse_BSN * LOG2E, total - S, jnp.inf)[:, None]  # queries that do not exist have no weights
     along = (d_BSNK.astype(jnp.float32) * out_BSNK.astype(jnp.float32)).sum(axis=-1)
-    along = heads_first(along, total - S)[:, None]
-
+    along = _heads_first(along, total - S)[:, None]
     last = k.shape[1] // keys - 1
     by_query = pl.BlockSpec((None, queries, K), lambda n, s, j, i: (n, s * span + i, 0))
     of_query = pl.BlockSpec((None, 1, queries), lambda n, s, j, i: (n, 0, s * span + i))
@@ -144,11 +137,20 @@ def pull_densely(
         name="attention_gradients",
         interpret=interpret,
     )(q, k, v, lse, d, along)
+    dk, dv = (x.sum(axis=0).astype(dtype) for x in (dk, dv))
+    return _heads_last(dq, B, S), _heads_last(dk, B, L), _heads_last(dv, B, L)
 
-    def heads_last(x, tokens):
-        return x[:, :tokens].reshape(B, N, tokens, K).swapaxes(1, 2).astype(dtype)
 
-    return heads_last(dq, S), heads_last(dk.sum(axis=0), L), heads_last(dv.sum(axis=0), L)
+def _heads_first(x_BSN, pad: int, fill: float = 0.0):
+    """(B, S, N, ...) -> (B * N, S + pad, ...)"""
+    B, S, N, *rest = x_BSN.shape
+    x = x_BSN.swapaxes(1, 2).reshape(B * N, S, *rest)
+    return jnp.pad(x, ((0, 0), (0, pad), *((0, 0) for _ in rest)), constant_values=fill)
+
+
+def _heads_last(x, batch: int, tokens: int):
+    """And back, without what was padded."""
+    return x[:, :tokens].reshape(batch, -1, tokens, *x.shape[2:]).swapaxes(1, 2)
 
 
 def _fit(blocks: Blocks, S: int, L: int) -> Blocks:

@@ -10,7 +10,7 @@ def stack(block: type[nn.Module], *, layers: int, remat: str, broadcast: int):
     """A module of `layers` copies of `block`, whose call takes the carry and `broadcast` further arguments.
 
     block(...)(carry, *arguments) must return (carry, output); outputs come back with a leading layer axis, None where
-    there are none. remat: "none" to keep every intermediate, "attention" to keep what attention gives, or the name of a
+    there are none. remat: "none" to keep every intermediate, "attention" for keep_attention, or the name of a
     policy in jax.checkpoint_policies.
     """
     if remat != "none":

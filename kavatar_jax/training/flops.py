@@ -51,7 +51,7 @@ def attention(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: in
 
 
 def self_attention(config: DiTConfig, grid: tuple[int, int, int]) -> float:
-    """Of these, the products of the tokens with each other."""
+    """Of `attention`, the products of the tokens with each other."""
     return 4.0 * config.layers * video_tokens(config, grid) ** 2 * config.width
 
 

@@ -133,7 +133,7 @@ def _head(config: Config | TrainConfig) -> int:
 
 
 def _refusal(error: Exception) -> str:
-    """What the compiler says of memory, or the error itself if it is about anything else. libtpu 0.0.51, then 0.0.52."""
+    """What the compiler says of memory, in the words of either of its versions, or the error itself if it is another."""
     found = re.search(
         r"Used [\d.]+\w of [\d.]+\w \w+|HLO temporaries \([\d.]+\w\) exceeds [\w ]+\([\d.]+\w\)", str(error)
     )

@@ -29,9 +29,7 @@ from kavatar_jax.training.step import make_step
 from kavatar_jax.training.tasks import dit_task
 from kavatar_jax.types import SAMPLE_RATE
 
-BACKWARDS = (
-    5 / 2
-)  # products of attention backwards to those forwards: two of its weights and three of gradients, to two
+BACKWARDS = 5 / 2  # attention's products backwards, two for its weights and three for gradients, to its two forwards
 
 
 class Program(NamedTuple):
