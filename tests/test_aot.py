@@ -7,15 +7,16 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 # two narrow layers with heads of 128, as in the published models
+NARROW = ("dit.width=256", "dit.heads=2", "dit.layers=2", "dit.audio.heads=2", "dit.audio.projection=(256,)")
 FIELDS = (
-    "dit.width=256", "dit.heads=2", "dit.layers=2", "dit.audio.heads=2", "dit.audio.projection=(256,)",
-    "dit.dtype=bfloat16", "dit.param_dtype=bfloat16", "sampling.window_frames=21", "sampling.overlap=2",
+    *NARROW, "dit.dtype=bfloat16", "dit.param_dtype=bfloat16", "sampling.window_frames=21", "sampling.overlap=2",
 )  # fmt: skip
 V5E_BYTES = 15.75 * 2**30
 
@@ -50,6 +51,23 @@ def test_weights_over_sixteen_chips_do_the_same_work(mesh, tmp_path):
         assert report["sent"]["collective-permute"] <= velocities < report["sent"]["all-gather"]
     else:  # gathers become loops of permutations and partial products, which are counted as often as they run
         assert report["sent"]["collective-permute"] > 2 * velocities
+
+
+@pytest.mark.slow
+def test_a_training_step_keeps_attention_and_has_its_gradients_from_one_kernel(tmp_path):
+    """The work expected is that of blocks done twice but for self-attention, and five products for its gradients."""
+    mesh = ("--topology", "v5e:2x2", "--mesh", "1", "4", "1", "1")
+    arguments = ("--task", "train", "--size", "416x240", *mesh)
+    report = compile_step(
+        *arguments,
+        config="train_stableavatar",
+        fields=[f"model.{field}" for field in NARROW],
+        out=tmp_path / "report.json",
+    )
+    # in both layers: attention to itself, to words and to the portrait, and the gradients of each; the latter two again
+    assert report["kernels"] == 2 * (3 + 3 + 2)
+    assert report["program_to_expected"] == pytest.approx(1, abs=0.05)
+    assert report["argument_bytes"] < report["peak_bytes"] < V5E_BYTES
 
 
 KERNEL = """
@@ -158,8 +176,8 @@ def test_a_slice_that_does_not_exist_is_refused():
     assert "v5e:3x3" in run.stderr and "Traceback" not in run.stderr
 
 
-def compile_step(*arguments: str, out: Path) -> dict:
-    run = start(*arguments, "--json", str(out))
+def compile_step(*arguments: str, out: Path, **kind) -> dict:
+    run = start(*arguments, "--json", str(out), **kind)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -168,7 +186,7 @@ def python(text: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess:
-    fields = [word for field in FIELDS for word in ("--set", field)]
-    command = [sys.executable, "-m", "tools.bench", "aot", "--config", "stableavatar", *fields, *arguments]
+def start(*arguments: str, config: str = "stableavatar", fields: Sequence[str] = FIELDS) -> subprocess.CompletedProcess:
+    changes = [word for field in fields for word in ("--set", field)]
+    command = [sys.executable, "-m", "tools.bench", "aot", "--config", config, *changes, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
