@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     @property
     def command(self) -> list[str]:
         topology = (SLICES | GPUS | PODS)[self.slice]
-        mesh = {"denoise": "-1 1 1 1", "decode": "1 1 -1 1", "train": "1 -1 1 1"}[self.task]
+        mesh = {"denoise": "-1 1 1 1", "decode": "-1 1 1 1", "train": "1 -1 1 1"}[self.task]
         if self.task == "denoise" and self.model == "14B" and topology.startswith(SMALL):
             mesh = "1 -1 1 1"
         config = CONFIGS[self.model][self.task == "train"]

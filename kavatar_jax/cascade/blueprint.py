@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from kavatar_jax.cascade.denoise import Denoise, Pictures, Shared, Told, denoise, draw_noise, group_size
@@ -15,7 +15,9 @@ from kavatar_jax.media.image import fit_size, resize
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.dit import frames_held
+from kavatar_jax.parallel.mesh import current, picture_mesh
 from kavatar_jax.parallel.programs import program
+from kavatar_jax.parallel.sharding import constrain, replicated
 from kavatar_jax.types import Blueprint, Conditions, Report
 
 View = dict[int, np.ndarray]  # frame number -> the picture that is given there, (H, W, 3) uint8
@@ -117,7 +119,8 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
             first = max(frame + 1 - frames_held(config.dit), 1) if frame else 0
             video[0, first : frame + 1] = to_signed(resize(image, (width, height)))
             mask[frame + 3 if frame else slice(0, 4)] = 1
-        latents = np.asarray(_encode(config.vae, weights.vae, video)[0])
+        with jax.set_mesh(picture_mesh(current(), height // config.vae.side, width // config.vae.side)):
+            latents = np.asarray(_encode(config.vae, weights.vae, jax.device_put(video, replicated(current())))[0])
         mask = np.broadcast_to(mask.reshape(-1, 1, 1, 4), (*latents.shape[:3], 4))
         conditions.append(np.concatenate([mask, latents], axis=-1))
     return np.stack(conditions)
@@ -125,5 +128,5 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
 
 @program(static_argnums=0)
 def _encode(config, params, video):
-    mean, _ = vae.encode(params, jnp.asarray(video), config)
-    return mean
+    mean, _ = vae.encode(params, video, config)
+    return constrain(mean, None, None, None, None, None)

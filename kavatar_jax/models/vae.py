@@ -23,7 +23,7 @@ from kavatar_jax.config import VAEConfig
 from kavatar_jax.models.vae_layers import ChannelNorm, Downsample, Middle, ResBlock, Upsample, layout, spread, thread
 from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
-from kavatar_jax.parallel.mesh import current
+from kavatar_jax.parallel.mesh import current, picture_mesh
 from kavatar_jax.parallel.programs import program
 from kavatar_jax.parallel.sharding import constrain, replicated
 from kavatar_jax.types import Params
@@ -79,12 +79,13 @@ def decode_stream(
         raise ValueError(f"pixels is {pixels!r}; choose 'uint8' or 'float32'")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it must be at least 1")
-    state, before, whole = None, None, replicated(current())
+    state, before, mesh = None, None, current()
     for piece, count, at_hand in _regroup(latents, chunk):
         real = 1 if state is None else count * config.stride
-        # placed by hand: left to the compiler, it may lie in parts that no mesh has
-        piece = jax.device_put(piece[None], whole)
-        frames, state = decode_chunk(params, piece, state, config=config, pixels=pixels)
+        with jax.set_mesh(picture_mesh(mesh, *piece.shape[1:3])):
+            # placed by hand: left to the compiler, it may lie in parts that no mesh has
+            piece = jax.device_put(piece[None], replicated(current()))
+            frames, state = decode_chunk(params, piece, state, config=config, pixels=pixels)
         frames.copy_to_host_async()
         if before is not None:
             yield np.asarray(before[0])[0, : before[1]]

@@ -16,13 +16,13 @@ from kavatar_jax.parallel.sharding import constrain
 
 
 def layout(clips: int) -> tuple[str | None, ...]:
-    """Where (B, F, H, W, C) lies: one clip's columns over the whole mesh, so that convolutions exchange what lies along the
-    cuts; of several, the clips over the batch axes and their columns where tokens go."""
-    return (None, None, None, "columns", None) if clips == 1 else ("batch", None, None, "tokens", None)
+    """Where (B, F, H, W, C) lies: one clip's pictures over the whole mesh, cut both ways, so that convolutions exchange what
+    lies along the cuts; of several, the clips over the batch axes and their columns where tokens go."""
+    return (None, None, "rows", "columns", None) if clips == 1 else ("batch", None, None, "tokens", None)
 
 
 def spread(x_BFHWC):
-    """Pictures inside a program, laid out as above; columns that do not divide lie in parts of unequal size."""
+    """Pictures inside a program, laid out as above; sides that do not divide lie in parts of unequal size."""
     return constrain(x_BFHWC, *layout(len(x_BFHWC)), padded=len(x_BFHWC) == 1)
 
 
@@ -97,11 +97,10 @@ class FrameAttention(nn.Module):
         types = {"dtype": self.config.dtype, "param_dtype": self.config.param_dtype}
         B, F, H, W, C = x_BFHWC.shape
         x = ChannelNorm(types["param_dtype"], name="norm")(x_BFHWC)
-        q, k, v = jnp.split(Linear(3 * C, **types, name="qkv")(x), 3, axis=-1)
-        q = q.swapaxes(2, 3)  # column by column, as pictures lie on the mesh
-        q, k, v = (x.reshape(B * F, H * W, 1, C) for x in (q, k, v))
-        over = layout(B)
-        x = attend(q, k, v, layout=(over[0], over[3], None)).reshape(B, F, W, H, C).swapaxes(2, 3)
+        qkv = Linear(3 * C, **types, name="qkv")(x)
+        q, k, v = (x.reshape(B * F, H * W, 1, C) for x in jnp.split(qkv, 3, axis=-1))
+        over = (None, "positions", None) if B == 1 else ("batch", "tokens", None)
+        x = attend(q, k, v, layout=over).reshape(B, F, H, W, C)
         return x_BFHWC + Linear(C, **types, init=nn.initializers.zeros, name="project")(x)
 
 

@@ -39,6 +39,20 @@ def _lay_out(sizes: list[int], devices) -> np.ndarray:
     return create_hybrid_device_mesh(within, among, devices, allow_split_physical_axes=True)
 
 
+def picture_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
+    """The same devices in the same order, for one video: `data` cuts the height of its pictures and `context` their width.
+
+    height, width: in latents. The largest part is as small as can be, and has the shortest border of those.
+    """
+
+    def part(rows: int) -> tuple[int, int]:
+        h, w = -(-height // rows), -(-width // (mesh.size // rows))
+        return h * w, h + w
+
+    rows = min((rows for rows in range(1, mesh.size + 1) if mesh.size % rows == 0), key=part)
+    return Mesh(mesh.devices.reshape(rows, 1, -1, 1), AXES, axis_types=mesh.axis_types)
+
+
 def platform() -> str:
     """The platform code is traced for: the entered mesh's, so that it is right when compiling for absent hardware."""
     device = jax.sharding.get_abstract_mesh().abstract_device

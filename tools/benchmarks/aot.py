@@ -13,7 +13,7 @@ import jax
 from rich.table import Table
 
 from kavatar_jax.config import Config, load_config, set_fields
-from kavatar_jax.parallel.mesh import current, make_mesh
+from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.training.config import TrainConfig
 from tools.benchmarks import programs
 from tools.benchmarks.absent import INSTALL_CUDA, absent_devices
@@ -48,9 +48,9 @@ def measure(arguments) -> dict:
     platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
     report = {"config": config.name, "task": task, "topology": topology, "slices": slices, "devices": len(devices)}
     with jax.set_mesh(make_mesh(*arguments.mesh, devices=devices)):
-        report["mesh"] = dict(current().shape)
         started = time.perf_counter()
         program = _trace(task, config, arguments.count)
+        report["mesh"] = dict(program.mesh.shape)
         try:
             compiled = program.traced.lower(lowering_platforms=(platform,)).compile()
         except jax.errors.JaxRuntimeError as error:

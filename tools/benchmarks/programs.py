@@ -1,7 +1,7 @@
 """The programs that a run compiles, traced from shapes alone on the entered mesh: denoise, decode, train.
 
-Each comes with the FLOPs that the model needs for it, over all devices: `flops` as a utilisation counts them, `program` with
-what is done twice to save memory.
+Each comes with the mesh it is for, and the FLOPs that the model needs for it, over all devices: `flops` as a utilisation
+counts them, `program` with what is done twice to save memory.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from kavatar_jax.cascade.denoise import Pictures, Shared, Told, group_size, step
 from kavatar_jax.config import Config
@@ -19,7 +20,7 @@ from kavatar_jax.models import dit, vae
 from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
 from kavatar_jax.models.vae_layers import layout
-from kavatar_jax.parallel.mesh import AXES, current
+from kavatar_jax.parallel.mesh import AXES, current, picture_mesh
 from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, described, partition, replicated
 from kavatar_jax.training import flops
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
@@ -34,6 +35,7 @@ BACKWARDS = 5 / 2  # attention's products backwards, two for its weights and thr
 
 class Program(NamedTuple):
     traced: Any
+    mesh: Mesh
     flops: float
     program: float
 
@@ -70,20 +72,23 @@ def denoise(config: Config, count: int | None) -> Program:
         config=net, branches=branches, group=group, stride=T - sampling.overlap,
     )  # fmt: skip
     work = W * len(branches) * flops.forward(net, latent, image_tokens=seen, speech_tokens=spoken)
-    return Program(traced, work, work)
+    return Program(traced, mesh, work, work)
 
 
 def decode(config: Config, count: int | None) -> Program:
-    """`count` latent frames in the middle of a video to pixels, 4 each; None: one."""
-    mesh, net = current(), config.vae
-    params = described(abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
+    """`count` latent frames in the middle of a video to pixels, 4 each; None: one. The devices of the mesh cut pictures."""
+    net = config.vae
     _, h, w = latent_size(1, config.height, config.width, net)
+    mesh = picture_mesh(current(), h, w)
+    params = described(abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
-    _, state = jax.eval_shape(lambda *x: vae.decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
-    state = jax.tree.map(lambda leaf: described(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
+    with jax.set_mesh(mesh):
+        _, state = jax.eval_shape(lambda *x: vae.decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
+        state = jax.tree.map(lambda leaf: described(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
+        traced = vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8")
     work = flops.decode(net, (count or 1, h, w))
-    return Program(vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8"), work, work)
+    return Program(traced, mesh, work, work)
 
 
 def train(config: TrainConfig, count: int | None) -> Program:
@@ -115,7 +120,7 @@ def train(config: TrainConfig, count: int | None) -> Program:
     kept = flops.self_attention(net, grid) if net.remat == "attention" else 0
     model_flops = bucket.batch * flops.train(others + kernel, share)
     work = flops.train(others, share) + again * (others + kernel - kept) + (1 + BACKWARDS) * kernel
-    return Program(traced, model_flops, bucket.batch * work)
+    return Program(traced, mesh, model_flops, bucket.batch * work)
 
 
 def _batch(model: Config, bucket: Bucket) -> Batch:
