@@ -69,6 +69,17 @@ def test_heads_for_tokens_send_less_than_all_keys(heads, kinds):
     assert cost.products == pytest.approx(4 * S * S * heads * K / P, rel=0.01)
 
 
+def test_queries_that_do_not_divide_are_shared_all_the_same():
+    arrays, P = draw(1, 515, 3, 8), 8
+    alone = jax.jit(both_ways)(*arrays)
+    with jax.set_mesh(make_mesh(1, 1, P, 1)):
+        spread = jax.jit(both_ways)(*arrays)
+        cost = cost_of(jax.jit(attend).lower(*arrays).compile().as_text())
+    for mine, other in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-6)
+    assert cost.products == pytest.approx(4 * 520 * 515 * 3 * 8 / P, rel=0.01)
+
+
 FRAMES = {  # clips, frames, tokens of one, mesh
     "parts that are no frames": (1, 6, 20, (1, 1, 8, 1)),
     "parts of one frame or two": (1, 3, 40, (1, 1, 8, 1)),

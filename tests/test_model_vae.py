@@ -235,10 +235,12 @@ def test_same_numbers_on_a_mesh(small):
         ((2, 2, 2, 1), (4, 6), (4, 2)),
         ((8, 1, 1, 1), (6, 11), (2, 4)),
         ((8, 1, 1, 1), (3, 5), (1, 8)),
+        ((8, 1, 1, 1), (17, 19), (2, 4)),
     ],
 )
 def test_a_video_is_decoded_by_all_devices(small, sizes, picture, cuts):
-    """Also where a side does not divide and lies in parts of unequal size, and where columns are fewer than devices."""
+    """Also where a side does not divide and lies in parts of unequal size, where columns are fewer than devices, and where
+    positions, enough for the kernel's way over the mesh, do not divide."""
     latents = np.random.default_rng(11).standard_normal((5, *picture, 4)).astype(np.float32)
     alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
     devices = mesh.make_mesh(*sizes)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kavatar_jax.parallel.sharding import mesh_axis, partition
+from kavatar_jax.parallel.sharding import mesh_axis, partition, parts
 
 
 class Form(NamedTuple):
@@ -26,12 +26,17 @@ class Form(NamedTuple):
 
 
 def attend_on_mesh(form: Form, q_BSNK, k_BLNK, v_BLNK, *, layout: tuple[str | None, ...]):
-    """form.whole, by hand on every device. An axis that does not divide is repeated; keys that are not the queries' own
-    tokens, and those of queries that lie over more than the tokens' axis, are gathered."""
+    """form.whole, by hand on every device. Clips or heads that do not divide are repeated, and queries that do not filled up
+    with zeros; keys that are not the queries' own tokens, or whose queries do not divide or lie over more than the tokens'
+    axis, are gathered."""
     axes = jax.sharding.get_abstract_mesh()
     if axes.empty or axes.size == 1:
         return form.whole(q_BSNK, k_BLNK, v_BLNK)
     clips, tokens, heads = layout
+    count = q_BSNK.shape[1]
+    if missing := -count % parts(tokens, axes):
+        q_BSNK = jnp.pad(q_BSNK, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK, layout=layout)[:, :count]
     logical = {"queries": (clips, tokens, heads, None), "keys": (clips, None, heads, None)}
     placed = partition({"queries": q_BSNK, "keys": k_BLNK}, logical, axes)
     queries, keys, run = placed["queries"].spec, placed["keys"].spec, form.whole

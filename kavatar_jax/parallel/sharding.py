@@ -3,6 +3,7 @@
 Model files say what an axis means (`AXES`: parameter path -> logical axes); here is where it lives.
 """
 
+import math
 import re
 
 import jax
@@ -29,6 +30,11 @@ RULES = {
 def spec(*logical: str | None) -> P:
     """The PartitionSpec of an array whose axes have these logical names."""
     return P(*(RULES[name] for name in logical))
+
+
+def parts(logical: str | None, mesh) -> int:
+    """Into how many parts the mesh cuts a logical axis."""
+    return _count(RULES[logical], mesh)
 
 
 def mesh_axis(logical: str) -> str:
@@ -104,11 +110,8 @@ def batch_slots(mesh) -> int:
 
 
 def _divisible(wanted: P, shape, mesh) -> P:
-    def fits(axes, size):
-        names = (axes,) if isinstance(axes, str) else (axes or ())
-        count = 1
-        for name in names:
-            count *= mesh.shape[name]
-        return size % count == 0
+    return P(*(axes if size % _count(axes, mesh) == 0 else None for axes, size in zip(wanted, shape, strict=True)))
 
-    return P(*(axes if fits(axes, size) else None for axes, size in zip(wanted, shape, strict=True)))
+
+def _count(axes: str | tuple[str, ...] | None, mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
