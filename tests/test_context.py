@@ -1,5 +1,7 @@
 """One clip over several devices: Ulysses, a ring, or both, give the numbers of one device, forwards and backwards."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,22 @@ def test_queries_that_do_not_divide_are_shared_all_the_same():
     for mine, other in zip(spread, alone, strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-6)
     assert cost.products == pytest.approx(4 * 520 * 515 * 3 * 8 / P, rel=0.01)
+
+
+def test_what_has_no_kernel_is_shared_too(monkeypatch):
+    """A picture's own attention, wider than cuDNN takes: every device has its positions' queries and is sent all keys."""
+    monkeypatch.setattr("kavatar_jax.parallel.mesh.platform", lambda: "gpu")
+    S, K, P = 1040, 192, 8
+    attend_over_all = functools.partial(attend, layout=(None, "positions", None))
+    arrays = draw(1, S, 1, K)
+    alone = jax.jit(attend)(*arrays)
+    with jax.set_mesh(make_mesh(2, 1, 4, 1)):
+        whole = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(None, ("data", "context")))
+        program = jax.jit(attend_over_all, in_shardings=whole, out_shardings=whole)
+        cost = cost_of(program.lower(*arrays).compile().as_text())
+        np.testing.assert_allclose(program(*arrays), alone, atol=2e-6)
+    assert cost.products == pytest.approx(4 * S * S * K / P, rel=0.01)
+    assert cost.sent == {"all-gather": 2 * S * K * 4 * (P - 1) / P}
 
 
 FRAMES = {  # clips, frames, tokens of one, mesh

@@ -1,7 +1,8 @@
 """attend(): softmax attention, in the form that suits the platform it is traced for.
 
 TPU: a flash kernel. GPU: cuDNN's fused kernel. CPU: one head after the other, some queries at a time. What is short, masked
-or biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole.
+or biased, or has no kernel, is one batched product per chunk of queries. The logits are never whole. What is long is spread
+over a mesh by hand, all else by the compiler.
 All take and return (B, S, N, K), no causality; a mask (B, L) of keys that exist is optional.
 """
 
@@ -147,7 +148,7 @@ def _kernel(q_BSNK, k_BLNK):
         return fused, functools.partial(jax.nn.dot_product_attention, implementation="cudnn", return_residual=True)
     if mesh.platform() == "cpu" and S > QUERY_CHUNK:
         return attend_head_by_head, part_head_by_head
-    return None
+    return (attend_in_chunks, None) if S > QUERY_CHUNK else None
 
 
 def _among_tokens(q_BSNK, k_BLNK) -> bool:
