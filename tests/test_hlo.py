@@ -106,6 +106,7 @@ def test_what_is_sent_bit_by_bit_beside_products_is_sent_once():
         "[2,4]<=[4,2]T(1,0)",
         "mesh['data'=2,'fsdp'=4] {'fsdp'}",
         "mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+        "mesh['data'=2,'context'=8] {'context':(2)4}",
     ],
 )
 def test_who_takes_part_is_read_however_it_is_written(groups):

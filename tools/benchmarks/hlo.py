@@ -273,7 +273,8 @@ def _group(rest: str) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}", rest):  # all axes, its own
         sizes = dict(axis.split("=") for axis in found[1].split(","))
-        return math.prod(int(sizes[axis]) for axis in found[2].replace(" ", "").split(","))
+        # an axis, or of one that is cut, as in 'axis':(2)4, the part of four
+        return math.prod(int(sizes.get(axis) or axis.split(")")[1]) for axis in found[2].replace(" ", "").split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
     assert "replica_groups=" not in rest, f"cannot read who takes part in {rest}"
