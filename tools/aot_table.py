@@ -103,7 +103,7 @@ def rows(folder: Path, wanted: list[Cell]) -> list[str]:
         sent = ", ".join(f"{kind} {bytes_ / 1e6:,.1f}" for kind, bytes_ in found["sent"].items()) or "nothing"
         lines.append(
             f"{start} {sent} | {found['program_flops'] / 1e12:.1f} |"
-            f" {found['program_to_expected']:.3f} | {found['roofline_seconds']:.2f} | {found['bound_by']} |"
+            f" {found['program_to_expected']:.3f} | {found['roofline_seconds']:.3g} | {found['bound_by']} |"
             f" {found['utilisation_bound']:.2f} | {found['compile_seconds']:.0f} |"
         )
     return lines

@@ -119,7 +119,7 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
             first = max(frame + 1 - frames_held(config.dit), 1) if frame else 0
             video[0, first : frame + 1] = to_signed(resize(image, (width, height)))
             mask[frame + 3 if frame else slice(0, 4)] = 1
-        with jax.set_mesh(picture_mesh(current(), height // config.vae.side, width // config.vae.side)):
+        with jax.set_mesh(picture_mesh(current(), height, width)):
             latents = np.asarray(_encode(config.vae, weights.vae, jax.device_put(video, replicated(current())))[0])
         mask = np.broadcast_to(mask.reshape(-1, 1, 1, 4), (*latents.shape[:3], 4))
         conditions.append(np.concatenate([mask, latents], axis=-1))

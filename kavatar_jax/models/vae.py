@@ -82,7 +82,7 @@ def decode_stream(
     state, before, mesh = None, None, current()
     for piece, count, at_hand in _regroup(latents, chunk):
         real = 1 if state is None else count * config.stride
-        with jax.set_mesh(picture_mesh(mesh, *piece.shape[1:3])):
+        with jax.set_mesh(picture_mesh(mesh, config.side * piece.shape[1], config.side * piece.shape[2])):
             # placed by hand: left to the compiler, it may lie in parts that no mesh has
             piece = jax.device_put(piece[None], replicated(current()))
             frames, state = decode_chunk(params, piece, state, config=config, pixels=pixels)

@@ -42,7 +42,8 @@ def _lay_out(sizes: list[int], devices) -> np.ndarray:
 def picture_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
     """The same devices in the same order, for one video: `data` cuts the height of its pictures and `context` their width.
 
-    height, width: in latents. The largest part is as small as can be, and has the shortest border of those.
+    height, width: in pixels, where most of the work is. The largest part is as small as can be, and has the shortest border
+    of those.
     """
 
     def part(rows: int) -> tuple[int, int]:

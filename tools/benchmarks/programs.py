@@ -77,9 +77,8 @@ def denoise(config: Config, count: int | None) -> Program:
 
 def decode(config: Config, count: int | None) -> Program:
     """`count` latent frames in the middle of a video to pixels, 4 each; None: one. The devices of the mesh cut pictures."""
-    net = config.vae
+    net, mesh = config.vae, picture_mesh(current(), config.height, config.width)
     _, h, w = latent_size(1, config.height, config.width, net)
-    mesh = picture_mesh(current(), h, w)
     params = described(abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
