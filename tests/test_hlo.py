@@ -176,3 +176,22 @@ def test_products_that_are_left_to_libraries_count(call, flops, kernels):
     cost = cost_of(CALLED.replace("CALL", call))
     assert cost.flops == flops
     assert cost.kernel_calls == kernels
+
+
+MOVES = """HloModule moves
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %copying = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%copying)
+  %slicing = ((f32[8,16]{1,0:T(8,128)}), f32[2,16]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:16]}
+  %part = f32[2,16]{1,0:T(8,128)S(1)} slice-done(%slicing)
+  %rows = f32[4,16]{1,0:T(8,128)} slice(%x), slice={[0:4], [0:16]}
+  ROOT %back = f32[8,16]{1,0:T(8,128)} copy(%near)
+}
+"""
+
+
+def test_what_moves_beside_other_work_is_counted_once():
+    row = 16 * 4
+    # read to the chip, two rows of it, four to elsewhere in memory, and back from the chip
+    assert cost_of(MOVES).traffic == 8 * row + 2 * row + 2 * 4 * row + 8 * row

@@ -6,6 +6,7 @@ it runs, and a kernel by the sizes of its operands.
 
 import collections
 import functools
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -166,10 +167,11 @@ class _Module:
         called = self.computations.get(operation.calls("calls")) if operation.code == "fusion" else None
         if operation.code == "dynamic-update-slice":
             return 2 * _in_memory(rows[operation.operands[1]].type)
-        if operation.code in ("dynamic-slice", "slice"):
-            return 2 * _in_memory(operation.type)
+        result = _result(operation)
+        written = _in_memory(result)
+        if operation.code.removesuffix("-start") in ("dynamic-slice", "slice"):
+            return written + (_bytes(result) if _in_memory(rows[operation.operands[0]].type) else 0)
         read = [_in_memory(rows[name].type) for name in operation.operands if name in rows]
-        written = _in_memory(operation.type)
         if called:
             inside = [row for row in called.values() if row.code == "parameter"]
             inside.sort(key=lambda row: int(row.rest.split(")")[0]))
@@ -181,6 +183,20 @@ class _Module:
                     slices = sum(_bytes(called[row.operands[1]].type) for row in users)
                     read[i], written = 0, min(written, slices)
         return written + sum(read)
+
+
+def _result(operation: Operation) -> str:
+    """The type of what it gives. Of what starts and goes on beside other work, the type has its operands in it as well."""
+    started = operation.code.endswith("-start") and operation.code != "all-reduce-start"
+    if not started or not operation.type.startswith("("):
+        return operation.type
+    ends = [match.start() for match in re.finditer(",", operation.type) if _depth(operation.type[: match.start()]) == 1]
+    parts = [operation.type[start + 1 : end] for start, end in itertools.pairwise([0, *ends, len(operation.type) - 1])]
+    return parts[0 if operation.code == "copy-start" else 1]
+
+
+def _depth(text: str) -> int:
+    return sum(text.count(start) - text.count(end) for start, end in ("()", "[]", "{}"))
 
 
 def _starts_chain(rows: dict[str, Operation]) -> bool:
