@@ -106,7 +106,7 @@ def batch_sharding(mesh) -> NamedSharding:
 
 def batch_slots(mesh) -> int:
     """How many slots the leading axis of a batch is spread over; one without a mesh."""
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else parts("batch", mesh)
 
 
 def _divisible(wanted: P, shape, mesh) -> P:
