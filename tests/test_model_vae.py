@@ -12,9 +12,8 @@ from kavatar_jax.checkpoint.bridge import flatten, reference_shapes, to_kavatar,
 from kavatar_jax.config import VAEConfig
 from kavatar_jax.models import vae, vae_layers
 from kavatar_jax.parallel import mesh
-from kavatar_jax.parallel.sharding import partition, replicated
+from kavatar_jax.parallel.sharding import partition, place_of
 from tools import reference
-from tools.benchmarks.hlo import cost_of
 from tools.reference import vae as parity
 from tools.reference.synthetic_weights import Fixture
 
@@ -218,60 +217,24 @@ def test_bfloat16_stays_close(small):
         assert 1e-4 < error < 0.05
 
 
-def test_same_numbers_on_a_mesh(small):
-    video = np.random.default_rng(9).uniform(-1, 1, (4, 5, 24, 32, 3)).astype(np.float32)
-    alone = through(small, video, TWO_LEVELS, None)
-    devices = mesh.make_mesh(2, 2, 2, 1)
-    with jax.set_mesh(devices):
-        spread = through(jax.device_put(small, partition(small, vae.AXES, devices)), video, TWO_LEVELS, None)
-    for ours, theirs in zip(spread, alone, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
 @pytest.mark.parametrize(
-    ("sizes", "picture", "cuts"),
+    ("size", "chunk", "sizes"),
     [
-        ((8, 1, 1, 1), (4, 8), (2, 4)),
-        ((2, 2, 2, 1), (4, 6), (2, 4)),
-        ((8, 1, 1, 1), (6, 11), (4, 2)),
-        ((8, 1, 1, 1), (3, 5), (2, 4)),
-        ((8, 1, 1, 1), (17, 19), (2, 4)),
+        ((4, 5, 24, 32, 3), None, (2, 2, 2, 1)),
+        ((1, 9, 24, 32, 3), 1, (2, 1, 4, 1)),
+        ((1, 9, 20, 28, 3), 1, (2, 1, 4, 1)),
     ],
 )
-def test_a_video_is_decoded_by_all_devices(small, sizes, picture, cuts):
-    """Also where a side does not divide and lies in parts of unequal size, where a device gets nothing, and where positions,
-    enough for the kernel's way over the mesh, do not divide."""
-    latents = np.random.default_rng(11).standard_normal((5, *picture, 4)).astype(np.float32)
-    alone = np.concatenate(list(vae.decode_stream(small, latents, TWO_LEVELS, pixels="float32")))
+def test_same_numbers_on_a_mesh(small, size, chunk, sizes):
+    """Several clips by their number; one, cut both ways, also where its columns do not divide."""
+    video = np.random.default_rng(9).uniform(-1, 1, size).astype(np.float32)
+    alone = through(small, video, TWO_LEVELS, chunk)
     devices = mesh.make_mesh(*sizes)
-    rows, columns = cuts
-    assert mesh.picture_mesh(devices, 2 * picture[0], 2 * picture[1]).devices.shape == (rows, 1, columns, 1)
-    vae.decode_chunk.clear_cache()
     with jax.set_mesh(devices):
-        placed = jax.device_put(small, partition(small, vae.AXES, devices))
-        spread = np.concatenate(list(vae.decode_stream(placed, latents, TWO_LEVELS, pixels="float32")))
-        assert vae.decode_chunk._cache_size() == 2
-    np.testing.assert_allclose(spread, alone, atol=1e-5)
-
-
-def test_each_device_decodes_its_share_of_a_video(small):
-    alone, spread = decoding_cost(small, 1), decoding_cost(small, 8)
-    assert spread.products == pytest.approx(alone.products / 8, rel=0.03)
-    # one frame's keys and values at the latents' size, to some devices its queries, and the finished pixels: everything else
-    # stays where it is
-    assert set(spread.sent) == {"collective-permute", "all-gather"}
-    queries, pixels = 36 * 32 * 12 * 4, 2 * 72 * 64 * 3
-    assert (2 * queries + pixels) * 7 / 8 < spread.sent["all-gather"] < (3 * queries + pixels) * 7 / 8
-
-
-def decoding_cost(params, devices: int):
-    """Of a frame of 36 x 32 latents in the middle of a video: queries enough for the kernel's way over the mesh."""
-    grid = mesh.picture_mesh(mesh.make_mesh(devices, devices=jax.devices()[:devices]), 72, 64)
-    with jax.set_mesh(grid):
-        params, piece = jax.device_put((params, jnp.zeros((1, 1, 36, 32, 4))), replicated(grid))
-        state = vae.decode_chunk(params, piece, None, config=TWO_LEVELS, pixels="uint8")[1]
-        lowered = vae.decode_chunk.lower(params, piece, state, config=TWO_LEVELS, pixels="uint8")
-        return cost_of(lowered.compile().as_text())
+        placed = jax.device_put(video, place_of(size, vae_layers.layout(len(video)), devices))
+        spread = through(jax.device_put(small, partition(small, vae.AXES, devices)), placed, TWO_LEVELS, chunk)
+    for ours, theirs in zip(spread, alone, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_channel_norm_is_a_length():

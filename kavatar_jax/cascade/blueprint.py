@@ -15,9 +15,10 @@ from kavatar_jax.media.image import fit_size, resize
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import vae
 from kavatar_jax.models.dit import frames_held
+from kavatar_jax.models.vae_layers import layout
 from kavatar_jax.parallel.mesh import current, picture_mesh
 from kavatar_jax.parallel.programs import program
-from kavatar_jax.parallel.sharding import constrain, replicated
+from kavatar_jax.parallel.sharding import constrain, place_of
 from kavatar_jax.types import Blueprint, Conditions, Report
 
 View = dict[int, np.ndarray]  # frame number -> the picture that is given there, (H, W, 3) uint8
@@ -111,6 +112,7 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
     of the first latent.
     """
     frames, height, width = config.sampling.window_frames, config.height, config.width
+    mesh = picture_mesh(current(), height, width)
     conditions = []
     for given in views:
         video = np.zeros((1, frames, height, width, 3), np.float32)
@@ -119,8 +121,9 @@ def see(views: list[View], weights: Weights, config: Config) -> np.ndarray:
             first = max(frame + 1 - frames_held(config.dit), 1) if frame else 0
             video[0, first : frame + 1] = to_signed(resize(image, (width, height)))
             mask[frame + 3 if frame else slice(0, 4)] = 1
-        with jax.set_mesh(picture_mesh(current(), height, width)):
-            latents = np.asarray(_encode(config.vae, weights.vae, jax.device_put(video, replicated(current())))[0])
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(video, place_of(video.shape, layout(1), mesh))
+            latents = np.asarray(_encode(config.vae, weights.vae, placed)[0])
         mask = np.broadcast_to(mask.reshape(-1, 1, 1, 4), (*latents.shape[:3], 4))
         conditions.append(np.concatenate([mask, latents], axis=-1))
     return np.stack(conditions)

@@ -25,7 +25,7 @@ from kavatar_jax.nn.conv import CausalConv
 from kavatar_jax.nn.layers import Linear
 from kavatar_jax.parallel.mesh import current, picture_mesh
 from kavatar_jax.parallel.programs import program
-from kavatar_jax.parallel.sharding import constrain, replicated
+from kavatar_jax.parallel.sharding import constrain, filled, replicated
 from kavatar_jax.types import Params
 
 TRUNCATED_STD = 0.87962566  # of a normal cut at two standard deviations
@@ -282,7 +282,7 @@ def _denormalise(latents_BTHWC, config: VAEConfig):
 
 
 def _keep(state_BFHWC):
-    return constrain(state_BFHWC, *layout(len(state_BFHWC)))
+    return filled(state_BFHWC, *layout(len(state_BFHWC)))
 
 
 def _check_size(shape, config: VAEConfig):

@@ -27,11 +27,16 @@ def spread(x_BFHWC):
 
 
 def thread(state):
-    """-> run, kept. run(layer, x) calls a named layer with its part of the state and keeps what it remembers in `kept`."""
+    """-> run, kept. run(layer, x) calls a named layer with its part of the state and keeps what it remembers in `kept`.
+
+    A state may be filled up behind the rows and columns of x.
+    """
     kept = {}
 
     def run(layer, x):
-        x, kept[layer.name] = layer(x, None if state is None else jax.tree.map(spread, state[layer.name]))
+        B, _, H, W, _ = x.shape
+        before = None if state is None else jax.tree.map(lambda seen: spread(seen[:B, :, :H, :W]), state[layer.name])
+        x, kept[layer.name] = layer(x, before)
         return spread(x)
 
     return run, kept

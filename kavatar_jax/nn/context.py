@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kavatar_jax.parallel.sharding import mesh_axis, partition, parts
+from kavatar_jax.parallel.sharding import mesh_axis, parts, place_of
 
 
 class Form(NamedTuple):
@@ -37,9 +37,8 @@ def attend_on_mesh(form: Form, q_BSNK, k_BLNK, v_BLNK, *, layout: tuple[str | No
     if missing := -count % parts(tokens, axes):
         q_BSNK = jnp.pad(q_BSNK, ((0, 0), (0, missing), (0, 0), (0, 0)))
         return attend_on_mesh(form, q_BSNK, k_BLNK, v_BLNK, layout=layout)[:, :count]
-    logical = {"queries": (clips, tokens, heads, None), "keys": (clips, None, heads, None)}
-    placed = partition({"queries": q_BSNK, "keys": k_BLNK}, logical, axes)
-    queries, keys, run = placed["queries"].spec, placed["keys"].spec, form.whole
+    queries = place_of(q_BSNK.shape, (clips, tokens, heads, None), axes).spec
+    keys, run = place_of(k_BLNK.shape, (clips, None, heads, None), axes).spec, form.whole
     if tokens == "tokens" and queries[1] is not None and q_BSNK.shape == k_BLNK.shape:
         keys, run = queries, functools.partial(_in_context, form, mesh_axis("tokens"), axes.shape[mesh_axis("tokens")])
     spread = jax.shard_map(run, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kavatar_jax.nn.attention import attend, attend_in_chunks
-from kavatar_jax.parallel.sharding import mesh_axis, partition
+from kavatar_jax.parallel.sharding import mesh_axis, place_of
 
 TOKENS = ("batch", "tokens", "heads", None)
 HEARD = ("batch", None, None, "heads", None)
@@ -33,9 +33,7 @@ def _spread(alone, in_part, arrays: tuple, logical: tuple, *, out):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return alone(*arrays)
-    named = {str(number): array for number, array in enumerate(arrays)}
-    axes = {str(number): names for number, names in enumerate(logical)}
-    specs = tuple(place.spec for place in partition(named, axes, mesh).values())
+    specs = tuple(place_of(array.shape, names, mesh).spec for array, names in zip(arrays, logical, strict=True))
     tokens, result = specs[logical.index(TOKENS)], specs[logical.index(out)]
     if tokens[1] is None or mesh.shape[mesh_axis("tokens")] == 1:
         return alone(*arrays)

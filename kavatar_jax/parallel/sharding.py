@@ -7,6 +7,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,6 +57,15 @@ def constrain(x, *logical: str | None, padded: bool = False):
     return jax.lax.with_sharding_constraint(x, wanted if padded else _divisible(wanted, x.shape, mesh))
 
 
+def filled(x, *logical: str | None):
+    """`constrain`, with zeros at the end of what does not divide: a program returns no parts of unequal size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    missing = [-size % parts(name, mesh) for size, name in zip(x.shape, logical, strict=True)]
+    return constrain(jnp.pad(x, [(0, count) for count in missing]) if any(missing) else x, *logical)
+
+
 def gathered(kernel):
     """A kernel whose rows or columns lie apart, whole where it is used; one whose heads do too is left to the compiler.
 
@@ -68,10 +78,15 @@ def gathered(kernel):
     return jax.lax.with_sharding_constraint(kernel, P())
 
 
+def place_of(shape: tuple[int, ...], logical: tuple[str | None, ...], mesh) -> NamedSharding:
+    """Where an array of this shape and these logical axes lies. An axis that the mesh does not divide is replicated."""
+    return NamedSharding(mesh, _divisible(spec(*logical), shape, mesh))
+
+
 def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
     """A NamedSharding for every leaf of `params` from a model's AXES (regular expression -> logical axes).
 
-    Every leaf must match exactly one row. An axis that the mesh does not divide is replicated.
+    Every leaf must match exactly one row.
     """
 
     def place(path, leaf):
@@ -80,7 +95,7 @@ def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
         assert len(rows) == 1, f"{name} is matched by {rows or 'no row'} of AXES"
         logical = axes[rows[0]]
         assert len(logical) == len(leaf.shape), f"{name} has shape {leaf.shape} and axes {logical}"
-        return NamedSharding(mesh, _divisible(spec(*logical), leaf.shape, mesh))
+        return place_of(leaf.shape, logical, mesh)
 
     return jax.tree_util.tree_map_with_path(place, params)
 

@@ -21,7 +21,7 @@ from kavatar_jax.models.audio_adapter import slice_table
 from kavatar_jax.models.components import abstract, model_of
 from kavatar_jax.models.vae_layers import layout
 from kavatar_jax.parallel.mesh import AXES, current, picture_mesh
-from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, described, partition, replicated
+from kavatar_jax.parallel.sharding import batch_sharding, batch_slots, described, partition, place_of, replicated
 from kavatar_jax.training import flops
 from kavatar_jax.training.config import Bucket, TrainConfig, latent_size
 from kavatar_jax.training.objective import Batch
@@ -84,7 +84,7 @@ def decode(config: Config, count: int | None) -> Program:
     later = _given(replicated(mesh), 1, count or 1, h, w, net.latent_channels)
     with jax.set_mesh(mesh):
         _, state = jax.eval_shape(lambda *x: vae.decode_chunk(*x, config=net, pixels="uint8"), params, piece, None)
-        state = jax.tree.map(lambda leaf: described(leaf, partition({"x": leaf}, {"x": layout(1)}, mesh)["x"]), state)
+        state = described(state, jax.tree.map(lambda leaf: place_of(leaf.shape, layout(1), mesh), state))
         traced = vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8")
     work = flops.decode(net, (count or 1, h, w))
     return Program(traced, mesh, work, work)
