@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STACKED = ("dit", "text", "image", "speech")  # networks of layers that are alike
 SPEECH_TOKEN = 320  # samples, 20 ms, that a vector of every speech encoder of the family stands for
 
 
@@ -342,7 +343,11 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. width, height: pixels, multiples of `grain`; text, image, speech: the three encoders."""
+    """A whole run. width, height: pixels, multiples of `grain`; text, image, speech: the three encoders.
+
+    on_host: networks whose weights wait in the host's memory and come to the devices a layer at a time, each time they are
+    used: the text encoder is twice as large as the smaller transformer, and is used once a video
+    """
 
     name: str
     width: int
@@ -357,8 +362,11 @@ class Config:
     sampling: SamplingConfig
     cascade: CascadeConfig
     mesh: MeshConfig = MeshConfig()
+    on_host: tuple[str, ...] = ("text",)
 
     def __post_init__(self):
+        for network in self.on_host:
+            _one_of("a network of on_host", network, STACKED)
         for name, value in (("width", self.width), ("height", self.height)):
             if value <= 0 or value % self.grain:
                 nearest = max(self.grain, round(value / self.grain) * self.grain)

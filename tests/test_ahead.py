@@ -1,11 +1,14 @@
 """Programs compiled ahead: nothing is run, nothing is compiled twice, and a run afterwards compiles nothing."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -18,13 +21,17 @@ from configs import demo, wan
 from kavatar_jax.__main__ import app
 from kavatar_jax.cascade.command import DEMO
 from kavatar_jax.cascade.denoise import TEXTS, Shared, fill_banks
+from kavatar_jax.cascade.pipeline import generate_in_one_pass
 from kavatar_jax.cascade.weights import describe_weights, draw_untrained, load_weights, parts_of
 from kavatar_jax.checkpoint.weights import save_component
+from kavatar_jax.config import STACKED
+from kavatar_jax.director.rules import direct
 from kavatar_jax.media.text import ByteTokenizer
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.programs import compiling, program
-from kavatar_jax.parallel.sharding import batch_sharding
+from kavatar_jax.parallel.sharding import batch_sharding, constrain
 from kavatar_jax.types import SAMPLE_RATE
+from tests.tones import make_request
 
 COUNT = """
 import collections, sys, jax
@@ -60,6 +67,33 @@ def test_outputs_lie_where_the_program_puts_them():
     assert out.sharding.is_equivalent_to(batch_sharding(mesh), 2)
 
 
+def test_threads_start_programs_on_several_devices_one_at_a_time():
+    at_work, most = [], []
+
+    @program(static_argnames="times")
+    def gathered(x, *, times):
+        at_work.append(times)
+        most.append(len(at_work))
+        time.sleep(0.1)  # while it is traced
+        at_work.remove(times)
+        x = constrain(times + x / 2, "batch", None)
+        return constrain(constrain(x - x.mean() / 2, None, None), "batch", None)
+
+    def work(times):
+        x = jax.device_put(np.ones((8, 4), np.float32), batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            for _ in range(50):  # not waiting for any of them, but for the last
+                x = gathered(x, times=times)
+        return np.asarray(x)
+
+    mesh = make_mesh()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(1, 5)))
+    assert most == [1] * 4
+    for times, x in enumerate(found, start=1):
+        np.testing.assert_allclose(x, times / 2 / (1 - 1 / 4), rtol=1e-5)
+
+
 def make_weights(folder, config):
     weights = draw_untrained(config, 0, ByteTokenizer())
     for name in parts_of(config.dit):
@@ -68,14 +102,30 @@ def make_weights(folder, config):
     return folder
 
 
-def test_weights_are_described_as_they_are_loaded(tmp_path):
-    config = demo.tiny()
-    folder = make_weights(tmp_path / "weights", config)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp("made") / "weights", demo.tiny())
+
+
+@pytest.mark.parametrize("on_host", [("text",), STACKED])
+def test_weights_are_described_as_they_are_loaded(folder, on_host):
+    config = dataclasses.replace(demo.tiny(), on_host=on_host)
     with jax.set_mesh(make_mesh(2, 2, 1, 2)):
         loaded, described = load_weights(folder, config), describe_weights(folder, config)
-        for name in parts_of(config.dit):
-            pairs = zip(*map(jax.tree.leaves, (getattr(loaded, name), getattr(described, name))), strict=True)
-            assert all((a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding) for a, b in pairs)
+    for name in parts_of(config.dit):
+        pairs = list(zip(*map(jax.tree.leaves, (getattr(loaded, name), getattr(described, name))), strict=True))
+        assert all((a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding) for a, b in pairs)
+        assert any(leaf.sharding.memory_kind == "pinned_host" for leaf, _ in pairs) == (name in on_host)
+
+
+def test_a_video_is_the_same_with_all_weights_on_the_host(folder):
+    found = []
+    for on_host in ((), STACKED):
+        config = dataclasses.replace(demo.tiny(), on_host=on_host)
+        with jax.set_mesh(make_mesh(devices=jax.devices()[:2])):
+            weights, request = load_weights(folder, config), make_request(config, 1.0)
+            found.append(np.stack(list(generate_in_one_pass(request, direct, weights, config).images)).astype(int))
+    assert found[0].std() > 10 and np.abs(found[1] - found[0]).max() <= 1
 
 
 def test_banks_are_filled_with_their_last_rows():

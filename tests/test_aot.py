@@ -70,6 +70,18 @@ def test_a_training_step_keeps_attention_and_has_its_gradients_from_one_kernel(t
     assert report["argument_bytes"] < report["peak_bytes"] < V5E_BYTES
 
 
+def test_words_are_read_by_weights_that_wait_in_the_hosts_memory(tmp_path):
+    """Each of four chips brings a quarter of them, and they gather a layer at a time."""
+    report = compile_step(
+        "--task", "read", "--topology", "v5e:2x2", fields=["text.layers=3"], out=tmp_path / "report.json"
+    )
+    layer = 2 * 4096 * (4 * 4096 + 3 * 10240)
+    table = 2 * 256384 * 4096
+    assert report["host_bytes"] == (3 * layer + table) / 4
+    assert report["argument_bytes"] < 2**20 and report["peak_bytes"] < table / 4 + layer
+    assert 3 * layer * 3 / 4 < report["sent"]["all-gather"] < 3.3 * layer * 3 / 4
+
+
 KERNEL = """
 import jax, jax.numpy as jnp
 from kavatar_jax.nn.attention import attend

@@ -114,18 +114,21 @@ def test_a_video_is_the_same_alone_and_beside_others(inputs, made, tmp_path, job
     assert videos(tmp_path) == {f"{job[0]}.mp4": videos(made)[f"{job[0]}.mp4"]}
 
 
-def test_a_batch_may_shard_its_weights(inputs, made, tmp_path, monkeypatch):
+def test_threads_share_eight_devices_and_weights_in_parts(inputs, made, tmp_path, monkeypatch):
+    """A thread a video, all of which decode on all devices; the same bytes as alone."""
     monkeypatch.setattr(jax, "local_devices", jax.devices)
     meshes = []
     monkeypatch.setattr(
         batch, "make_mesh", lambda *sizes, **more: meshes.append(make_mesh(*sizes, **more)) or meshes[-1]
     )
-    alone = write_manifest(inputs, "alone.jsonl", [line_of(JOBS[0])])
-    result = kavatar(alone, tmp_path, "--set", "mesh.fsdp=2")
-    assert result.exit_code == 0, result.output
+    lines = [line_of(JOBS[0]), line_of(JOBS[3]), line_of(JOBS[0], name="bert"), line_of(JOBS[0], name="cora", seed=2)]
+    for out, manifest in (("all", lines), ("alone", lines[:1])):
+        result = kavatar(write_manifest(inputs, "some.jsonl", manifest), tmp_path / out, "--set", "mesh.fsdp=2")
+        assert result.exit_code == 0, result.output
     assert dict(meshes[0].shape) == {"data": 4, "fsdp": 2, "context": 1, "tensor": 1}
-    name = f"{JOBS[0][0]}.mp4"
-    pairs = zip(read_frames(tmp_path / name), read_frames(made / name), strict=True)
+    together, alone = videos(tmp_path / "all"), videos(tmp_path / "alone")
+    assert len(together) == 4 and together["anna.mp4"] == together["bert.mp4"] == alone["anna.mp4"]
+    pairs = zip(read_frames(tmp_path / "alone" / "anna.mp4"), read_frames(made / "anna.mp4"), strict=True)
     assert max(np.abs(a.astype(int) - b).mean() for a, b in pairs) < 0.5
 
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,13 +145,31 @@ def test_config_of_reads_the_shapes():
         umt5.config_of({"visual.head": (4, 4)}, {})
 
 
-def test_same_numbers_on_a_mesh(tiny):
+@pytest.fixture(scope="module")
+def words():
     ids = np.random.default_rng(2).integers(2, 300, (4, 16)).astype(np.int32)
-    mask = np.arange(16) < np.array([[3], [16], [9], [12]])
-    alone = encode(TINY, tiny, ids, mask)
+    return ids, np.arange(16) < np.array([[3], [16], [9], [12]])
+
+
+def test_same_numbers_on_a_mesh(tiny, words):
+    alone = encode(TINY, tiny, *words)
     mesh = make_mesh(2, 2, 1, 2)
     with jax.set_mesh(mesh):
         shardings = partition(tiny, umt5.AXES, mesh)
-        spread = encode(TINY, jax.device_put(tiny, shardings), ids, mask)
+        spread = encode(TINY, jax.device_put(tiny, shardings), *words)
     assert shardings["blocks"]["attn"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
     np.testing.assert_allclose(spread, alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2)])
+def test_same_numbers_from_the_hosts_memory(tiny, words, sizes):
+    alone = encode(TINY, tiny, *words)
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        waiting = jax.device_put(tiny, partition(tiny, umt5.AXES, mesh, on_host=True))
+        brought = encode(TINY, waiting, *words)
+    on_host = [leaf for leaf in jax.tree.leaves(waiting) if leaf.sharding.memory_kind == "pinned_host"]
+    assert sum(leaf.nbytes for leaf in on_host) > 0.95 * sum(leaf.nbytes for leaf in jax.tree.leaves(waiting))
+    # every device's host memory holds an equal part of each
+    assert all(leaf.addressable_shards[0].data.size == leaf.size // mesh.size for leaf in on_host)
+    np.testing.assert_allclose(brought, alone, atol=2e-5)

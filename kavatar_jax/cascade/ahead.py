@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from kavatar_jax.cascade.batch import apart
 from kavatar_jax.cascade.command import Order, choose_config, draw, find_weights, read_portrait, read_scene
 from kavatar_jax.cascade.denoise import Denoise, denoise
 from kavatar_jax.cascade.together import Together
@@ -27,7 +26,6 @@ from kavatar_jax.console import keep_compiled_programs
 from kavatar_jax.director.rules import direct
 from kavatar_jax.parallel.mesh import make_mesh
 from kavatar_jax.parallel.programs import compiling
-from kavatar_jax.parallel.sharding import described
 from kavatar_jax.types import SAMPLE_RATE, Request, Scene, Speech, Storyline, silent
 
 LONGEST = 3600.0  # seconds of speech: more needs no other programs
@@ -53,8 +51,7 @@ def run(order: Order, lengths: str, *, batch: bool = False) -> None:
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=jax.local_devices() if batch else None)
     with jax.set_mesh(mesh), compiling(tell):
         weights = describe_weights(find_weights(order, config), config)
-        hands = _together(weights, config, mesh) if batch else contextlib.nullcontext((weights, denoise))
-        with hands as (weights, denoiser):
+        with _denoiser(weights, config, mesh, batch=batch) as denoiser:
             for request, plan in _takes(order, config, seconds):
                 for _ in draw(order, request, plan, weights, config, silent, denoiser).images:
                     pass
@@ -63,11 +60,12 @@ def run(order: Order, lengths: str, *, batch: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _together(weights: Weights, config: Config, mesh: jax.sharding.Mesh) -> Iterator[tuple[Weights, Denoise]]:
-    """The weights as a batch has them, and what denoises there."""
-    alone, weights = apart(weights, described)
-    with Together(weights.dit, config.dit, config.sampling, mesh) as together, jax.set_mesh(alone):
-        yield weights, together.denoise
+def _denoiser(weights: Weights, config: Config, mesh: jax.sharding.Mesh, *, batch: bool) -> Iterator[Denoise]:
+    if not batch:
+        yield denoise
+        return
+    with Together(weights.dit, config.dit, config.sampling, mesh) as together:
+        yield together.denoise
 
 
 def _takes(order: Order, config: Config, seconds: list[float]) -> Iterator[tuple[Request | Scene, Storyline | None]]:

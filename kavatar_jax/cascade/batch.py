@@ -9,12 +9,11 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from kavatar_jax.cascade.blueprint import plan_windows
@@ -28,8 +27,7 @@ from kavatar_jax.console import Display, keep_compiled_programs
 from kavatar_jax.media.audio import load_speech
 from kavatar_jax.media.video import remove_leftovers, write_video
 from kavatar_jax.parallel.mesh import make_mesh, wait_for_processes
-from kavatar_jax.parallel.sharding import replicated
-from kavatar_jax.types import Params, Request, Storyline, Video
+from kavatar_jax.types import Request, Storyline, Video
 
 GROUPS_IN_FLIGHT = 4  # so many groups' worth of windows are at work together: two would do but for videos between steps
 WRITERS = 2  # videos that are decoded and written at a time
@@ -93,24 +91,14 @@ def _make_all(jobs: list[Job], config: Config, ledger: Ledger, console: Console)
     return studio.failed
 
 
-def apart(weights: Weights, put: Callable[[Params, NamedSharding], Params]) -> tuple[Mesh, Weights]:
-    """A mesh of the first device alone, and the weights with all networks but the transformer put there.
-
-    Only denoising is spread over the devices: threads that all start programs on several would wait for each other.
-    """
-    mesh = make_mesh(1, devices=jax.local_devices()[:1])
-    parts = {name: put(getattr(weights, name), replicated(mesh)) for name in ("vae", "text", "image", "speech")}
-    return mesh, dataclasses.replace(weights, **parts)
-
-
 class _Studio:
     """Makes jobs: their inputs are loaded by one thread, each video has one of its own, all are denoised together."""
 
     def __init__(
         self, weights: Weights, config: Config, together: Together, ledger: Ledger, display: Display, console: Console
     ):
-        self._mesh, self._weights = apart(weights, jax.device_put)
-        self._config, self._together, self._ledger, self._console = config, together, ledger, console
+        self._weights, self._config, self._together = weights, config, together
+        self._ledger, self._console = ledger, console
         self._progress, self._stopped, self.failed = _Progress(display), False, 0
         self._room, self._busy = threading.Condition(), {}  # windows of each video that is being denoised
         self._writers = threading.Semaphore(WRITERS)
@@ -148,7 +136,7 @@ class _Studio:
 
     def _make(self, job: Job, request: Request, plan: Storyline) -> None:
         started = time.perf_counter()
-        with self._answering_for(job), jax.set_mesh(self._mesh):
+        with self._answering_for(job), jax.set_mesh(self._together.mesh):
             video = self._draw(job, request, plan)
             with self._writers:
                 seconds = video.frames / video.fps

@@ -4,11 +4,14 @@ import numpy as np
 
 from kavatar_jax.cascade.hear import plan_latents
 from kavatar_jax.cascade.weights import Weights
-from kavatar_jax.config import Config
+from kavatar_jax.config import Config, UMT5Config
 from kavatar_jax.media.wear import wear
 from kavatar_jax.models import clip, umt5
 from kavatar_jax.parallel.programs import program
-from kavatar_jax.types import Conditions, Report, Request, Storyline
+from kavatar_jax.parallel.sharding import constrain
+from kavatar_jax.types import Conditions, Params, Report, Request, Storyline
+
+TEXTS_AT_ONCE = 4  # for which the encoder's weights are brought once; a video has about so many
 
 
 def encode(request: Request, storyline: Storyline, weights: Weights, config: Config, report: Report) -> Conditions:
@@ -53,7 +56,13 @@ def look_at(image: np.ndarray, weights: Weights, config: Config) -> clip.Outputs
 
 def encode_texts(texts: list[str], weights: Weights, config: Config, report: Report) -> np.ndarray:
     """(N, text_length, D), zero rows after the last token: what the transformer expects of padding."""
-    return np.stack([_encode_text(text, i, len(texts), weights, config, report) for i, text in enumerate(texts)])
+    features = np.zeros((len(texts), config.dit.text_length, config.text.width), np.float32)
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        some = texts[start : start + TEXTS_AT_ONCE]
+        ids, mask = weights.tokenizer(some + some[-1:] * (TEXTS_AT_ONCE - len(some)), config.dit.text_length)
+        features[start:][: len(some)] = np.asarray(read(config.text, weights.text, ids, mask))[: len(some)]
+        report("reading prompts", start + len(some), len(texts))
+    return features
 
 
 def shot_at(conditions: Conditions, start: float, end: float) -> int:
@@ -62,16 +71,10 @@ def shot_at(conditions: Conditions, start: float, end: float) -> int:
     return int(np.argmax(shared))
 
 
-def _encode_text(text: str, done: int, total: int, weights: Weights, config: Config, report: Report) -> np.ndarray:
-    ids, mask = weights.tokenizer([text], config.dit.text_length)
-    features = np.asarray(_read(config.text, weights.text, ids, mask)[0], np.float32)
-    report("reading prompts", done + 1, total)
-    return np.where(mask[0][:, None], features, 0)
-
-
 @program(static_argnums=0)
-def _read(config, params, ids, mask):
-    return umt5.UMT5(config).apply({"params": params}, ids, mask)
+def read(config: UMT5Config, params: Params, ids, mask):
+    """The text encoder's program: (TEXTS_AT_ONCE, L) token ids and mask -> (TEXTS_AT_ONCE, L, D), on every device."""
+    return constrain(umt5.UMT5(config).apply({"params": params}, ids, mask), None, None, None)
 
 
 @program(static_argnums=0)

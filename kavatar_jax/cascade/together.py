@@ -56,13 +56,13 @@ class Window(NamedTuple):
 class Together:
     """Denoises the windows of several videos together, on all devices of a mesh. A context: leaving it ends its thread.
 
-    used, slots: places in groups that held a window, and places that were computed
+    mesh: whose devices denoise; used, slots: places in groups that held a window, and places that were computed
     """
 
     def __init__(self, params: Params, config: DiTConfig, sampling: SamplingConfig, mesh: jax.sharding.Mesh):
         self.size = batch_slots(mesh) * sampling.windows_per_batch
         self.used = self.slots = 0
-        self._params, self._config, self._mesh = params, config, mesh
+        self._params, self._config, self.mesh = params, config, mesh
         self._queues: dict[Any, collections.deque] = {}  # windows of one shape and the same branches
         self._moving = 0  # videos between two steps, whose next windows are about to come
         self._open = True
@@ -126,7 +126,7 @@ class Together:
 
     def _serve(self) -> None:
         running = None
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self.mesh):
             while (taken := self._take(wait=running is None)) is not None or running is not None:
                 # the next group is on its way before this one is fetched
                 started = taken and (taken[1], self._start(*taken))
@@ -164,7 +164,7 @@ class Together:
         windows += windows[-1:] * (self.size - len(taken))
         try:
             group = jax.tree.map(lambda *leaves: np.stack(leaves), *windows)
-            group = jax.device_put(group, batch_sharding(self._mesh))
+            group = jax.device_put(group, batch_sharding(self.mesh))
             return _velocities(self._params, group, config=self._config, branches=branches)
         except Exception as error:  # whatever it is, it is the videos' to report
             return error

@@ -76,28 +76,32 @@ def alike(folder: Path, config: Config) -> bool:
 def load_weights(folder: Path, config: Config, *, changes: Changes = NO_CHANGES) -> Weights:
     """Read every network onto the current mesh, sharded by its AXES; changes: added to the transformer."""
     check_complete(folder, config.dit)
-    mesh, loaded = current(), {}
-    for name in parts_of(config.dit):
-        part = getattr(config, name)
-        wanted, axes = abstract(name, part), model_of(name, part).AXES
+    loaded = {}
+    for name, wanted in describe_networks(config).items():
         added = changes if name == "dit" else NO_CHANGES
-        loaded[name] = load_component(folder / name, wanted, partition(wanted, axes, mesh), changes=added)
+        places = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        loaded[name] = load_component(folder / name, wanted, places, changes=added)
     return Weights(**loaded, tokenizer=load_tokenizer(folder / "tokenizer"))
 
 
 def describe_weights(folder: Path | None, config: Config) -> Weights:
     """What load_weights would give on the current mesh, as shapes and places, with nothing in them."""
-    mesh, parts = current(), {}
-    for name in parts_of(config.dit):
-        wanted, axes = abstract(name, getattr(config, name)), model_of(name, getattr(config, name)).AXES
-        parts[name] = described(wanted, partition(wanted, axes, mesh))
     tokenizer = ByteTokenizer() if folder is None else load_tokenizer(folder / "tokenizer")
-    return Weights(**parts, tokenizer=tokenizer)
+    return Weights(**describe_networks(config), tokenizer=tokenizer)
 
 
 def read_lora_files(words: Sequence[str], config: DiTConfig, *, unused: str = "refuse") -> Changes:
     """What LoRA files, each FILE or FILE:SCALE, add to such a transformer. ValueError as lora.read_loras."""
     return read_loras(map(parse, words), names.LORA, abstract("dit", config), unused=unused)
+
+
+def describe_networks(config: Config) -> dict[str, Params]:
+    """Shapes and places of the weights of each network that a run needs, on the current mesh."""
+    mesh, found = current(), {}
+    for name in parts_of(config.dit):
+        wanted, axes = abstract(name, getattr(config, name)), model_of(name, getattr(config, name)).AXES
+        found[name] = described(wanted, partition(wanted, axes, mesh, on_host=name in config.on_host))
+    return found
 
 
 def draw_untrained(config: Config, seed: int, tokenizer) -> Weights:

@@ -14,7 +14,7 @@ from kavatar_jax.config import UMT5Config
 from kavatar_jax.nn.attention import attend
 from kavatar_jax.nn.layers import Linear, RMSNorm, gelu_tanh
 from kavatar_jax.nn.stack import stack
-from kavatar_jax.parallel.sharding import constrain
+from kavatar_jax.parallel.sharding import at_hand, constrain
 from kavatar_jax.types import Params
 
 EPS = 1e-6
@@ -32,7 +32,7 @@ class UMT5(nn.Module):
         embedding = self.param("embedding", nn.initializers.normal(1.0), (c.vocabulary, c.width), c.param_dtype)
         buckets_LL = jnp.asarray(relative_buckets(ids_BL.shape[1], buckets=c.buckets, max_distance=c.max_distance))
         blocks = stack(Block, layers=c.layers, remat="none", broadcast=2)(c, name="blocks")
-        x_BLD, _ = blocks(embedding[ids_BL].astype(c.dtype), buckets_LL, mask_BL)
+        x_BLD, _ = blocks(at_hand(embedding, whole=False)[ids_BL].astype(c.dtype), buckets_LL, mask_BL)
         x_BLD = RMSNorm(EPS, c.dtype, c.param_dtype, name="norm")(x_BLD)
         return jnp.where(mask_BL[..., None], x_BLD, 0)
 

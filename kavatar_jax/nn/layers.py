@@ -13,7 +13,7 @@ import numpy as np
 
 from kavatar_jax.nn.quantised import quantised_matmul
 from kavatar_jax.parallel import mesh
-from kavatar_jax.parallel.sharding import gathered
+from kavatar_jax.parallel.sharding import at_hand, gathered
 
 
 class Linear(nn.Module):
@@ -31,7 +31,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features), self.param_dtype)
+        kernel = at_hand(self.param("kernel", self.init, (x.shape[-1], self.features), self.param_dtype))
         y = quantised_matmul(x, kernel, self.quantised) if self.quantised else matmul(x, kernel, self.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(jnp.float32)

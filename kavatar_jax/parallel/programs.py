@@ -3,11 +3,16 @@
 Within `compiling` a call of a program compiles it for the shapes and places of its arguments, which need not be there
 (jax.ShapeDtypeStruct), and returns zeros of its outputs' shapes. So a pipeline that is run on made-up inputs compiles what
 it would run, in JAX's persistent cache, without its weights.
+
+Threads that share several devices start their programs one at a time, since each device runs what it is given in the order
+it is given: two programs that came to two devices in different orders would wait for each other. The devices of a CPU share
+the threads of its cores, of which two programs could each have some and wait for more; so there one is finished first.
 """
 
 import contextlib
 import contextvars
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from kavatar_jax.parallel.mesh import platform
+
 Compiled = Callable[[str, float], None]  # told of each program that was compiled: its name, seconds
 
 _compiling: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("compiling", default=None)
+_starting = threading.RLock()  # one program may be part of another
 
 
 class Program:
@@ -28,8 +36,12 @@ class Program:
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments, **named):
-        compile_ = _compiling.get()
-        return compile_(self._jitted, arguments, named) if compile_ else self._jitted(*arguments, **named)
+        call = _compiling.get() or _run
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            return call(self._jitted, arguments, named)
+        with _starting:
+            done = call(self._jitted, arguments, named)
+            return jax.block_until_ready(done) if platform() == "cpu" else done
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
@@ -61,6 +73,10 @@ def compiling(report: Compiled) -> Iterator[None]:
         yield
     finally:
         _compiling.reset(token)
+
+
+def _run(jitted, arguments, named):
+    return jitted(*arguments, **named)
 
 
 def _kind(leaf):

@@ -25,6 +25,7 @@ RULES = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocabulary": "tensor",
+    "waiting": ("data", "fsdp", "context", "tensor"),
 }
 
 
@@ -78,15 +79,28 @@ def gathered(kernel):
     return jax.lax.with_sharding_constraint(kernel, P())
 
 
+def at_hand(weight, *, whole: bool = True):
+    """A weight that waits in the host's memory (`partition`), on the devices; any other as it is.
+
+    whole: on each of them; else each has a part of its last axis
+    """
+    if jax.typeof(weight).memory_space != jax.memory.Space.Host:
+        return weight
+    # without the barrier a TPU's compiler gathers it in the hosts' memory, over their network
+    weight = jax.lax.optimization_barrier(jax.device_put(weight, jax.memory.Space.Device))
+    return jax.lax.with_sharding_constraint(weight, P()) if whole else weight
+
+
 def place_of(shape: tuple[int, ...], logical: tuple[str | None, ...], mesh) -> NamedSharding:
     """Where an array of this shape and these logical axes lies. An axis that the mesh does not divide is replicated."""
     return NamedSharding(mesh, _divisible(spec(*logical), shape, mesh))
 
 
-def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
+def partition(params: Params, axes: dict[str, tuple], mesh, *, on_host: bool = False) -> Params:
     """A NamedSharding for every leaf of `params` from a model's AXES (regular expression -> logical axes).
 
-    Every leaf must match exactly one row.
+    Every leaf must match exactly one row. on_host: kernels of stacked layers and tables of words, nearly all of a large
+    encoder, wait in the host's memory, in equal parts of which each device brings one (`at_hand`), a layer at a time
     """
 
     def place(path, leaf):
@@ -95,6 +109,9 @@ def partition(params: Params, axes: dict[str, tuple], mesh) -> Params:
         assert len(rows) == 1, f"{name} is matched by {rows or 'no row'} of AXES"
         logical = axes[rows[0]]
         assert len(logical) == len(leaf.shape), f"{name} has shape {leaf.shape} and axes {logical}"
+        if on_host and (logical[0] == "vocabulary" or logical[0] == "layers" and name.endswith("kernel")):
+            waiting = (*[None] * (len(logical) - 1), "waiting")
+            return place_of(leaf.shape, waiting, mesh).with_memory_kind("pinned_host")
         return place_of(leaf.shape, logical, mesh)
 
     return jax.tree_util.tree_map_with_path(place, params)

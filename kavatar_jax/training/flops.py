@@ -6,7 +6,7 @@ PaLM, appendix B): work that is done twice to save memory counts once.
 
 import math
 
-from kavatar_jax.config import DiTConfig, VAEConfig
+from kavatar_jax.config import DiTConfig, UMT5Config, VAEConfig
 from kavatar_jax.models.audio_adapter import slice_table
 
 # dense bfloat16 FLOP/s of one JAX device: Google's TPU system pages; NVIDIA's data sheets
@@ -53,6 +53,12 @@ def attention(config: DiTConfig, grid: tuple[int, int, int], *, image_tokens: in
 def self_attention(config: DiTConfig, grid: tuple[int, int, int]) -> float:
     """Of `attention`, the products of the tokens with each other."""
     return 4.0 * config.layers * video_tokens(config, grid) ** 2 * config.width
+
+
+def read(config: UMT5Config, tokens: int) -> float:
+    """FLOPs of one text of so many tokens, padding and all, through its encoder."""
+    inner = config.heads * config.head_width
+    return config.layers * tokens * (8 * config.width * inner + 4 * tokens * inner + 6 * config.width * config.mlp)
 
 
 def decode(config: VAEConfig, grid: tuple[int, int, int]) -> float:

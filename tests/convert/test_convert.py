@@ -81,18 +81,19 @@ def test_onto_a_mesh_and_back(converted, values, monkeypatch):
         leaf.nbytes for name in COMPONENTS for leaf in flatten(getattr(loaded, name)).values()
     )
     query, up = loaded.dit["blocks"]["self_attn"]["q"]["kernel"], loaded.text["blocks"]["up"]["kernel"]
-    assert query.sharding.spec == up.sharding.spec == P(None, "fsdp", "tensor")
+    assert query.sharding.spec == P(None, "fsdp", "tensor")
+    assert up.sharding.memory_kind == "pinned_host" and up.addressable_shards[0].data.size == up.size // 8
     assert query.shape == (2, 64, 64) and {s.data.shape for s in query.addressable_shards} == {(2, 32, 32)}
     assert max(map(max, read.values())) < query.nbytes * 8  # the largest is a piece of the VAE's
     assert [query.nbytes // 4] * 4 in read.values()
     assert loaded.dit["blocks"]["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
-    assert loaded.text["embedding"].sharding.spec == P("tensor", "fsdp")
+    assert loaded.text["embedding"].sharding.memory_kind == "pinned_host"
     assert loaded.vae["encoder"]["conv_in"]["kernel"].sharding.is_fully_replicated
     ids, mask = loaded.tokenizer(["é"], 4)
     assert ids.tolist() == [[0xC3 + 3, 0xA9 + 3, 1, 0]] and mask.sum() == 3
 
     for name, component in COMPONENTS.items():
-        back, source = dict(to_torch(getattr(loaded, name), component.model.TORCH)), values[name]
+        back, source = dict(to_torch(jax.device_get(getattr(loaded, name)), component.model.TORCH)), values[name]
         for key, tensor in back.items():
             assert tensor.dtype == source[key].dtype and tensor.shape == source[key].shape
             assert tensor.tobytes() == source[key].tobytes(), key

@@ -1,10 +1,12 @@
-"""The programs that a run compiles, traced from shapes alone on the entered mesh: denoise, decode, train.
+"""The programs that a run compiles, traced from shapes alone on the entered mesh: read, denoise, decode, train.
 
 Each comes with the mesh it is for, and the FLOPs that the model needs for it, over all devices: `flops` as a utilisation
-counts them, `program` with what is done twice to save memory.
+counts them, `program` with what is done twice to save memory; and the bytes of weights that a device of the run keeps for
+its other programs meanwhile.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kavatar_jax.cascade import encode
 from kavatar_jax.cascade.denoise import Pictures, Shared, Told, group_size, step
+from kavatar_jax.cascade.encode import TEXTS_AT_ONCE
+from kavatar_jax.cascade.weights import describe_networks
 from kavatar_jax.config import Config
 from kavatar_jax.diffusion import guidance
 from kavatar_jax.diffusion.solver import History, plan_of
@@ -28,7 +33,7 @@ from kavatar_jax.training.objective import Batch
 from kavatar_jax.training.state import plan_state, split
 from kavatar_jax.training.step import make_step
 from kavatar_jax.training.tasks import dit_task
-from kavatar_jax.types import SAMPLE_RATE
+from kavatar_jax.types import SAMPLE_RATE, Params
 
 BACKWARDS = 5 / 2  # attention's products backwards, two for its weights and three for gradients, to its two forwards
 
@@ -38,13 +43,24 @@ class Program(NamedTuple):
     mesh: Mesh
     flops: float
     program: float
+    kept: int
+
+
+def read(config: Config, count: int | None) -> Program:
+    """`count` texts through their encoder; None: as many as a run brings its weights for at a time."""
+    mesh, net, count = current(), config.text, count or TEXTS_AT_ONCE
+    networks, length = describe_networks(config), config.dit.text_length
+    ids, mask = (_given(replicated(mesh), count, length, dtype=dtype) for dtype in (jnp.int32, bool))
+    traced = encode.read.trace(net, networks["text"], ids, mask)
+    work = count * flops.read(net, length)
+    return Program(traced, mesh, work, work, _kept(networks, "text"))
 
 
 def denoise(config: Config, count: int | None) -> Program:
     """A sampling step of `count` windows with all their branches; None: one for each slot of the mesh."""
     mesh, sampling, net = current(), config.sampling, config.dit
     count = count or batch_slots(mesh)
-    params = described(abstract("dit", net), partition(abstract("dit", net), dit.AXES, mesh))
+    networks = describe_networks(config)
     batch, everywhere = batch_sharding(mesh), replicated(mesh)
     group = group_size(count, sampling)
     W, T = group * -(-count // group), sampling.window_latents
@@ -68,16 +84,17 @@ def denoise(config: Config, count: int | None) -> Program:
     move = jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, np.float32), plan_of(sampling).moves[0])
     branches = guidance.branches_of(sampling)
     traced = step.trace(
-        params, history, {}, move, _given(everywhere, W, T), told, shared,
+        networks["dit"], history, {}, move, _given(everywhere, W, T), told, shared,
         config=net, branches=branches, group=group, stride=T - sampling.overlap,
     )  # fmt: skip
     work = W * len(branches) * flops.forward(net, latent, image_tokens=seen, speech_tokens=spoken)
-    return Program(traced, mesh, work, work)
+    return Program(traced, mesh, work, work, _kept(networks, "dit"))
 
 
 def decode(config: Config, count: int | None) -> Program:
     """`count` latent frames in the middle of a video to pixels, 4 each; None: one. The devices of the mesh cut pictures."""
     net, mesh = config.vae, picture_mesh(current(), config.height, config.width)
+    kept = _kept(describe_networks(config), "vae")
     _, h, w = latent_size(1, config.height, config.width, net)
     params = described(abstract("vae", net), partition(abstract("vae", net), vae.AXES, mesh))
     piece = _given(replicated(mesh), 1, 1, h, w, net.latent_channels)
@@ -87,7 +104,7 @@ def decode(config: Config, count: int | None) -> Program:
         state = described(state, jax.tree.map(lambda leaf: place_of(leaf.shape, layout(1), mesh), state))
         traced = vae.decode_chunk.trace(params, later, state, config=net, pixels="uint8")
     work = flops.decode(net, (count or 1, h, w))
-    return Program(traced, mesh, work, work)
+    return Program(traced, mesh, work, work, kept)
 
 
 def train(config: TrainConfig, count: int | None) -> Program:
@@ -119,7 +136,7 @@ def train(config: TrainConfig, count: int | None) -> Program:
     kept = flops.self_attention(net, grid) if net.remat == "attention" else 0
     model_flops = bucket.batch * flops.train(others + kernel, share)
     work = flops.train(others, share) + again * (others + kernel - kept) + (1 + BACKWARDS) * kernel
-    return Program(traced, mesh, model_flops, bucket.batch * work)
+    return Program(traced, mesh, model_flops, bucket.batch * work, kept=0)
 
 
 def _batch(model: Config, bucket: Bucket) -> Batch:
@@ -139,6 +156,16 @@ def _batch(model: Config, bucket: Bucket) -> Batch:
         text=_given(batch, B, net.text_length, net.text_width),
         image=None if net.image_width is None else _given(batch, B, seen, net.image_width),
         speech=_given(batch, B, spoken, model.speech.width),
+    )
+
+
+def _kept(networks: dict[str, Params], used: str) -> int:
+    """Bytes on a device of weights that a program does not use."""
+    others = jax.tree.leaves({name: params for name, params in networks.items() if name != used})
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in others
+        if leaf.sharding.memory_kind != "pinned_host"
     )
 
 
