@@ -346,7 +346,7 @@ class Config:
     """A whole run. width, height: pixels, multiples of `grain`; text, image, speech: the three encoders.
 
     on_host: networks whose weights wait in the host's memory and come to the devices a layer at a time, each time they are
-    used: the text encoder is twice as large as the smaller transformer, and is used once a video
+    used: the text encoder is larger than all others of the 1.3B's runs together, and is used once a video
     """
 
     name: str
