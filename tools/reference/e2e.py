@@ -62,7 +62,7 @@ def run(fixture: Fixture) -> Iterator[tuple[str, Any]]:
     case, arrays = fixture.meta["cases"]["run"], fixture.inputs("run")
     config, params = _networks(fixture, case)
     texts = {"positive": arrays["positive_ids"], "negative": arrays["negative_ids"]}
-    weights = Weights(**params, tokenizer=lambda names, length: _padded(texts[names[0]], length))
+    weights = Weights(**params, tokenizer=lambda names, length: _padded([texts[name] for name in names], length))
     request = Request(portrait=arrays["reference_image"].astype(np.uint8), speech=Speech(samples=arrays["waveform"]))
     shot = Shot(start=0.0, end=request.speech.seconds, prompt="positive")
     conditions = encode(request, Storyline(summary="", shots=(shot,)), weights, config, silent)
@@ -114,10 +114,9 @@ def _networks(fixture: Fixture, case: dict) -> tuple[Config, dict]:
     return dataclasses.replace(config, negative_prompt="negative"), params
 
 
-def _padded(ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    padded = np.zeros((1, length), np.int32)
-    padded[0, : len(ids)] = ids
-    return padded, np.arange(length)[None] < len(ids)
+def _padded(texts: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    padded = np.stack([np.pad(ids, (0, length - len(ids))) for ids in texts]).astype(np.int32)
+    return padded, np.arange(length) < np.array([[len(ids)] for ids in texts])
 
 
 def _first_call(weights: Weights, x, told, shared, config: Config) -> np.ndarray:
